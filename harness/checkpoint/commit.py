@@ -1,0 +1,256 @@
+"""When a checkpoint is real: written aside, digested, renamed, marked last; and which of several holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import distributed
+from harness.errors import Failure
+from harness.files import digest_file, sync_folder, write_text
+from harness.formats.manifest import (
+    Manifest,
+    ManifestError,
+    SliceFile,
+    coverage_problems,
+    read_manifest,
+    write_manifest,
+)
+from harness.formats.tensor_file import TensorEntry, write_tensors
+from harness.world import World
+
+if TYPE_CHECKING:
+    from harness.engine.slices import SliceGroup
+
+MARKER = "latest"
+_COMMITTED = re.compile(r"step-(\d{6,})$")
+_LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors")
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """Where the checkpoints of a run are."""
+    return Path(run_dir) / "checkpoints"
+
+
+def folder_name(step: int) -> str:
+    """`400` -> `step-000400`."""
+    return f"step-{step:06d}"
+
+
+def committed(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every committed checkpoint, newest first; whether they hold is not looked at."""
+    folder = checkpoints_folder(run_dir)
+    matches = (
+        [(_COMMITTED.match(path.name), path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    )
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World) -> Path:
+    """Commit a checkpoint. Collective: every rank calls it, and it fails on all of them or on none.
+
+    Args:
+        groups: the slices that this rank owns; one group is in memory at a time.
+        run_dir: the run's folder, which all ranks share.
+        fields: what the manifest says besides files, versions, world size and Adam's step count.
+        attempt: number of this start of the run.
+        world: this rank's place.
+
+    Returns:
+        the folder of the checkpoint.
+
+    Raises:
+        Failure: when a rank could not write, or a parameter would not be stored whole and once.
+    """
+    folder = checkpoints_folder(run_dir) / folder_name(fields["step"])
+    aside = folder.with_name(f"{folder.name}.tmp-{attempt}")
+    written, adam_step, problem = _attempt(lambda: _write_groups(aside, groups, world.rank))
+    answers = distributed.gather_objects((written, adam_step, problem))
+    problems = [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(answers) if text]
+    if world.is_main and not problems:
+        files = tuple(entry for entries, _, _ in answers for entry in entries)
+        counted = max(step for _, step, _ in answers)
+        _, _, problem = _attempt(lambda: _commit(aside, folder, {"adam_step": counted, **fields}, files, world))
+        problems = [problem] if problem else []
+    problems = distributed.broadcast_object(problems)
+    if problems:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise Failure(
+            f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  "
+            + "\n  ".join(problems)
+        )
+    return folder
+
+
+def _attempt(action: Any) -> tuple[list[SliceFile], int, str]:
+    """Run a part of a save; what goes wrong becomes text, so that all ranks can fail together."""
+    try:
+        files, adam_step = action()
+    except Exception as error:
+        return [], 0, f"{type(error).__name__}: {error}"
+    return files, adam_step, ""
+
+
+def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> tuple[list[SliceFile], int]:
+    aside.mkdir(parents=True, exist_ok=True)
+    files, adam_step = [], 0
+    for number, group in enumerate(groups):
+        path = aside / f"rank-{rank:05d}-{number:03d}.safetensors"
+        keys = [(kind, part.name, part.length) for kind in group.tensors for part in group.slices]
+        entries = [TensorEntry(f"{kind}/{name}", "F32", (length,)) for kind, name, length in keys]
+        chunks = (group.tensors[kind][name].contiguous().numpy() for kind, name, _ in keys)
+        num_bytes, digest = write_tensors(path, entries, chunks)
+        slices = tuple((part.name, part.offset, part.length) for part in group.slices)
+        files.append(SliceFile(file=path.name, bytes=num_bytes, digest=digest, slices=slices))
+        adam_step = max(adam_step, group.adam_step)
+    sync_folder(aside)
+    return files, adam_step
+
+
+def _commit(
+    aside: Path, folder: Path, fields: dict[str, Any], files: tuple[SliceFile, ...], world: World
+) -> tuple[list[SliceFile], int]:
+    manifest = Manifest(**fields, world_size=world.size, versions=_versions(), files=files)
+    problems = coverage_problems(manifest.parameters, files)
+    if problems:
+        raise Failure("; ".join(problems[:5]))
+    for path in aside.iterdir():
+        if path.name not in {entry.file for entry in files}:
+            path.unlink()
+    write_manifest(aside, manifest)
+    sync_folder(aside)
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+    os.rename(aside, folder)
+    sync_folder(folder.parent)
+    write_text(folder.parent / MARKER, folder.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+    return [], 0
+
+
+def _versions() -> dict[str, str]:
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in map(_distribution, _LIBRARIES) if dist}
+    return {"python": platform.python_version(), **installed}
+
+
+def _distribution(name: str) -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
+    """Whether a checkpoint holds: its manifest, and every reason against it (an empty list when it does hold).
+
+    Reads every byte of the files; sizes are looked at first.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        return None, [str(error)]
+    problems = [text for text in (_size_problem(folder, entry) for entry in manifest.files) if text]
+    if not problems:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), manifest.files) if text]
+    return manifest, problems or coverage_problems(manifest.parameters, manifest.files)
+
+
+def _size_problem(folder: Path, entry: SliceFile) -> str:
+    path = folder / entry.file
+    if not path.is_file():
+        return f"{entry.file} is missing"
+    size = path.stat().st_size
+    return "" if size == entry.bytes else f"{entry.file} has {size} bytes instead of {entry.bytes}"
+
+
+def _digest_problem(folder: Path, entry: SliceFile) -> str:
+    try:
+        return (
+            "" if digest_file(folder / entry.file) == entry.digest else f"{entry.file} was changed since it was written"
+        )
+    except OSError as error:
+        return f"{entry.file} cannot be read: {error}"
+
+
+def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """The newest checkpoint that holds. One rank calls it.
+
+    Args:
+        run_dir: the run's folder.
+        set_aside: rename what is damaged to `*.damaged`, so that it is not looked at again; nothing is deleted.
+
+    Returns:
+        folder and manifest, or None; and why each newer one, finished or not, was passed over.
+    """
+    if set_aside:
+        _restore_replaced(run_dir)
+    skipped = [f"{path.name} was not finished" for path in _leftovers(run_dir)]
+    for _, folder in committed(run_dir):
+        manifest, problems = inspect(folder)
+        if manifest is not None and not problems:
+            return (folder, manifest), skipped
+        reason = "; ".join(problems[:3])
+        skipped.append(
+            f"{folder.name} is damaged: {reason}" + (f"; now {_set_aside(folder).name}" if set_aside else "")
+        )
+    return None, skipped
+
+
+def has_damaged(run_dir: Path) -> bool:
+    """Whether checkpoints of this run were found damaged, now or before: without a good one a start would begin anew."""
+    folder = checkpoints_folder(run_dir)
+    return folder.is_dir() and any(folder.glob("step-*.damaged*"))
+
+
+def _set_aside(folder: Path) -> Path:
+    number, target = 1, folder.with_name(f"{folder.name}.damaged")
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.damaged-{number}")
+    os.rename(folder, target)
+    sync_folder(folder.parent)
+    return target
+
+
+def _leftovers(run_dir: Path) -> list[Path]:
+    return sorted(checkpoints_folder(run_dir).glob("step-*.tmp-*"))
+
+
+def _restore_replaced(run_dir: Path) -> None:
+    """A save that was killed between its two renames left the checkpoint of the same step under its passing name."""
+    for path in checkpoints_folder(run_dir).glob("step-*.replaced"):
+        if not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))
+
+
+def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None) -> list[Path]:
+    """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank, between saves.
+
+    Args:
+        run_dir: the run's folder.
+        keep_last: how many of the newest stay, at least one.
+        best_step: step of one that stays whatever its age.
+
+    Returns:
+        the checkpoints that are gone.
+    """
+    gone = []
+    for position, (step, folder) in enumerate(committed(run_dir)):
+        if position >= max(1, keep_last) and step != best_step:
+            os.rename(folder, folder.with_name(f"{folder.name}.deleting"))
+            gone.append(folder)
+    folder = checkpoints_folder(run_dir)
+    for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *_leftovers(run_dir)]:
+        shutil.rmtree(path, ignore_errors=True)
+    return gone

@@ -1,0 +1,75 @@
+"""Any slice of a checkpoint, put together from the slices that are stored, whatever ranks wrote them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from harness.errors import Failure
+from harness.formats.manifest import KINDS, Manifest
+
+_MAX_OPEN_FILES = 64
+
+
+class SliceReader:
+    """Reads from a checkpoint that was found to hold; files are mapped, and only what is asked for is copied.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = Path(folder), manifest
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._stored: dict[str, list[tuple[int, int, str]]] = {}
+        for entry in manifest.files:
+            for name, offset, length in entry.slices:
+                self._stored.setdefault(name, []).append((offset, length, entry.file))
+        for slices in self._stored.values():
+            slices.sort()
+
+    def read(self, kind: str, name: str, offset: int, length: int) -> torch.Tensor:
+        """Elements [offset, offset + length) of a flattened parameter.
+
+        Args:
+            kind: `master`, `exp_avg` or `exp_avg_sq`.
+            name: the parameter, or the alias of a tied one.
+            offset: first element.
+            length: number of elements.
+
+        Returns:
+            fp32 CPU tensor [length].
+
+        Raises:
+            Failure: when the checkpoint does not hold all of it.
+        """
+        if kind not in KINDS:
+            raise Failure(f"A checkpoint holds {', '.join(KINDS)}, not {kind!r}.")
+        name = self.manifest.tied.get(name, name)
+        result = torch.empty(length, dtype=torch.float32)
+        slices = self._stored.get(name, [])
+        position, end = offset, offset + length
+        index = max(0, bisect_right(slices, (offset, float("inf"))) - 1)
+        while position < end:
+            if index >= len(slices) or not slices[index][0] <= position < slices[index][0] + slices[index][1]:
+                raise Failure(f"{self.folder.name} does not hold {kind} of {name} from element {position} to {end}.")
+            start, stored, file = slices[index]
+            stop = min(end, start + stored)
+            part = self._file(file).get_slice(f"{kind}/{name}")[position - start : stop - start]
+            result[position - offset : stop - offset] = part
+            position, index = stop, index + 1
+        return result
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        self._open.move_to_end(name)
+        return self._open[name]

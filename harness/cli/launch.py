@@ -1,0 +1,21 @@
+"""`harness launch`: start the ranks of a run, pass on what it is asked, and answer with the outcome's code."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from harness.config.load import load
+from harness.errors import EXIT_DONE
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the ranks on this machine, or show how."""
+    from harness.launch import local
+
+    loaded = load(arguments.run_file, arguments.overrides)
+    plan = local.plan(loaded, run_file=arguments.run_file, overrides=arguments.overrides)
+    if arguments.print_only:
+        print(shlex.join(plan.command))
+        return EXIT_DONE
+    return local.run(plan)

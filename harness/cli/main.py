@@ -1,0 +1,66 @@
+"""The verbs and their flags: parsed without torch, then handed to one thin module each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from harness import __version__
+from harness.errors import EXIT_REFUSED, HarnessError
+
+VERBS = {
+    "prepare": "raw text or conversations -> token shards with an index",
+    "plan": "dry run: the merged configuration, the batch equation, memory, every refusal",
+    "launch": "start the ranks of a run and wait for its outcome",
+    "train": "one rank of a run: what launchers end in",
+    "export": "a Hugging Face folder from a checkpoint",
+    "generate": "answer a prompt with an exported folder",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and flags."""
+    parser = argparse.ArgumentParser(prog="harness", description="Fine-tune GPTs with DeepSpeed, from raw data to an answer.")
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    added = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    for name in ("prepare", "plan", "launch", "train"):
+        added[name].add_argument("run_file", metavar="RUN.yaml")
+        added[name].add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the run file")
+    added["plan"].add_argument("--ranks", type=int, help="ranks to plan for; by default launch.ranks or the GPUs of this machine")
+    added["launch"].add_argument("--on", choices=["local"], default="local", help="where the ranks run")
+    added["launch"].add_argument("--print", action="store_true", dest="print_only", help="show the command instead of running it")
+    added["export"].add_argument("run_dir", metavar="RUN_DIR")
+    added["export"].add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
+    added["export"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400, or best; by default the newest")
+    added["export"].add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default=None, help="by default that of training")
+    added["generate"].add_argument("folder", metavar="FOLDER")
+    added["generate"].add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    added["generate"].add_argument("--chat", action="store_true", help="treat the prompt as a user's turn of a conversation")
+    added["generate"].add_argument("--raw", action="store_true", help="do not apply the template of training")
+    added["generate"].add_argument("--max-new-tokens", type=int, default=128)
+    added["generate"].add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    added["generate"].add_argument("--seed", type=int, default=0, help="of sampling")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb and answer with its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return importlib.import_module(f"harness.cli.{arguments.verb}").run(arguments)
+    except HarnessError as error:
+        _speak(error)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_REFUSED
+
+
+def _speak(error: HarnessError) -> None:
+    try:
+        print(f"harness: {error}", file=sys.stderr, flush=True)
+    except OSError:
+        pass

@@ -1,0 +1,48 @@
+"""`harness plan`: everything a run would do, without doing it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.config.batch import batch_equation
+from harness.config.deepspeed import merge
+from harness.config.load import load
+from harness.errors import EXIT_DONE
+from harness.units import format_bytes, format_count
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check all, then print the merged configuration, the batch equation and the memory."""
+    from harness.launch import local
+    from harness.preflight.check import check
+    from harness.preflight.count import count_parameters
+    from harness.preflight.memory import plan_memory
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    loaded = load(arguments.run_file, arguments.overrides)
+    gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
+    ranks = arguments.ranks or loaded.run.launch.ranks or max(1, gpus)
+    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0)
+    batch = batch_equation(loaded, ranks)
+    ds_config = merge(loaded, batch)
+    parameters = count_parameters(facts["config"])
+    memory = plan_memory(parameters, ds_config, precision=loaded.run.train.precision, ranks=ranks, local_ranks=min(ranks, max(1, gpus or ranks)))
+    console = Console()
+    table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
+    table.add_row("batch", batch.text())
+    table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
+    for name in ("train", "validation"):
+        table.add_row(f"rows of {name}", f"{facts[name].num_rows:,}, {facts[name].filled_share:.1%} filled")
+    table.add_row("states on each device", format_bytes(memory.device))
+    table.add_row("states on each host", format_bytes(memory.host))
+    table.add_row("states on each NVMe", format_bytes(memory.nvme))
+    table.add_row("one checkpoint", format_bytes(memory.checkpoint))
+    console.print(table)
+    console.print("merged DeepSpeed configuration:")
+    console.print_json(json.dumps(ds_config))
+    return EXIT_DONE

@@ -1,0 +1,165 @@
+"""The quickstart: from Python's own documentation to a fine-tuned GPT-2 that answers, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.config.load import Loaded, load
+from harness.errors import Failure, HarnessError
+from harness.launch import local, operators
+from harness.units import format_seconds
+
+RUNS = Path(__file__).resolve().parents[2] / "launch" / "runs"
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, in the order in which they passed."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase and add up its time."""
+        self.console.rule(f"[bold]{len(self.seconds) + 1}. {name}", align="left")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all phases; what an earlier run has finished is reused."""
+    parser = argparse.ArgumentParser(prog="launch/quickstart.sh", description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="folder for everything that is made")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        return _quickstart(arguments.dir, console)
+    except HarnessError as error:
+        console.print(f"[red]quickstart:[/] {error}", highlight=False)
+        return error.exit_code
+
+
+def _quickstart(folder: Path, console: Console) -> int:
+    os.environ.update(operators.environment())
+    gpus = local.num_gpus()
+    clock = Clock(console)
+    pretrain, finetune = (_run_file(f"quickstart_{name}.yaml", folder, gpus) for name in ("pretrain", "finetune"))
+    with clock.phase("operators of DeepSpeed"):
+        operators.build(operators.needed(optimizer_offload="cpu", nvme=False, gpu=gpus > 0), speak=True)
+    with clock.phase("prepare: prose, tokenizer"):
+        _prepare(pretrain, console)
+    with clock.phase("pre-train a small GPT-2 from scratch"):
+        _train(pretrain, folder, "pretrain", gpus)
+        _export(pretrain, folder / "pretrained")
+    with clock.phase("prepare: questions and answers"):
+        _prepare(finetune, console)
+    with clock.phase("fine-tune it: ZeRO-3, CPU offload"):
+        _train(finetune, folder, "finetune", gpus)
+    with clock.phase("export"):
+        _export(finetune, folder / "finetuned")
+    with clock.phase("answer held-out questions"):
+        _answer(finetune, folder / "finetuned", console)
+    _table(console, clock, pretrain, finetune, folder)
+    return 0
+
+
+def _overrides(name: str, folder: Path, gpus: int) -> list[str]:
+    """What differs from the shipped run file: the folder, and on GPUs their number and type."""
+    stem = "pretrain" if "pretrain" in name else "finetune"
+    words = [f"run_dir={folder / stem}", f"data.dir={folder / 'data' / ('prose' if stem == 'pretrain' else 'questions')}"]
+    if stem == "finetune":
+        words += [f"model.path={folder / 'pretrained'}", f"data.tokenizer={folder / 'pretrained'}"]
+    if gpus:
+        words += [f"launch.ranks={1 if gpus == 1 else 2}", "train.precision=bf16"]
+    return words
+
+
+def _run_file(name: str, folder: Path, gpus: int) -> Loaded:
+    return load(RUNS / name, _overrides(name, folder, gpus))
+
+
+def _prepare(loaded: Loaded, console: Console) -> None:
+    from harness.data.prepare import prepare
+
+    console.print(prepare(loaded.run).render())
+
+
+def _train(loaded: Loaded, folder: Path, stem: str, gpus: int) -> None:
+    from harness.formats.outcome import read_outcome
+
+    before = read_outcome(loaded.run.run_path)
+    if before is not None and before.state == "done":
+        print(f"already done: {loaded.run.run_dir} (remove the folder to train again)")
+        return
+    name = f"quickstart_{stem}.yaml"
+    plan = local.plan(loaded, run_file=str(RUNS / name), overrides=_overrides(name, folder, gpus))
+    code = local.run(plan)
+    if code:
+        raise Failure(f"Training in {loaded.run.run_dir} ended with code {code}; its logs are in {loaded.run.run_dir}/attempts/.")
+
+
+def _export(loaded: Loaded, to: Path) -> None:
+    from harness.checkpoint.export import export
+
+    if (to / "config.json").is_file():
+        print(f"already exported: {to}")
+        return
+    print(f"exported to {export(loaded.run.run_path, to)}")
+
+
+def _answer(loaded: Loaded, exported: Path, console: Console) -> None:
+    from harness.data.prepare import held_out_questions
+    from harness.generation import Generator
+
+    generator = Generator.load(exported)
+    for question in held_out_questions(loaded.run, count=3):
+        console.print(f"[bold]{question}[/]\n  {generator.answer(question, max_new_tokens=40)}", highlight=False)
+
+
+def _evaluations(loaded: Loaded) -> list[dict[str, Any]]:
+    from harness.telemetry.read import read_metrics
+
+    return [line for line in read_metrics(loaded.run.run_path) if "eval/loss" in line]
+
+
+def _speed(loaded: Loaded) -> float:
+    from harness.telemetry.read import read_metrics
+
+    speeds = sorted(line["speed/tokens_per_second"] for line in read_metrics(loaded.run.run_path) if "speed/tokens_per_second" in line)
+    return speeds[len(speeds) // 2] if speeds else math.nan
+
+
+def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, folder: Path) -> None:
+    """Evaluation loss and perplexity before and after, speed, and time by phase."""
+    results = Table("training", "loss before", "loss after", "perplexity before", "perplexity after", "tokens/s", title="What was learned", title_justify="left")
+    for name, loaded in (("from scratch on prose", pretrain), ("fine-tuned on questions", finetune)):
+        first, *_, last = _evaluations(loaded)
+        results.add_row(
+            name, f"{first['eval/loss']:.3f}", f"{last['eval/loss']:.3f}", f"{first['eval/perplexity']:.1f}", f"{last['eval/perplexity']:.1f}",
+            f"{_speed(loaded):,.0f}",
+        )
+    times = Table("phase", "time", title="Time by phase", title_justify="left")
+    for name, seconds in clock.seconds.items():
+        times.add_row(name, format_seconds(seconds))
+    times.add_row("all", format_seconds(sum(clock.seconds.values())))
+    console.print(results)
+    console.print(times)
+    console.print(f"TensorBoard:  tensorboard --logdir {folder}", highlight=False)
+    console.print(f"Try it:       harness generate {folder / 'finetuned'} --prompt 'What does `shutil.copytree` do?'", highlight=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""`harness train`: one rank of a run, from its checks to its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import traceback
+
+from harness import world as worlds
+from harness.config.load import Loaded, load
+from harness.errors import EXIT_DONE, EXIT_FAILURE, HarnessError
+from harness.world import World
+
+PATIENCE_S = 30.0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; every way out leaves an outcome behind, and only rank 0 speaks."""
+    from harness.launch import operators
+
+    os.environ.update(operators.environment())
+    world = worlds.current()
+    try:
+        return _train(load(arguments.run_file, arguments.overrides), world)
+    except HarnessError as error:
+        if not world.is_main:
+            time.sleep(PATIENCE_S)  # rank 0 says the same; a launcher ends this rank as soon as rank 0 is gone
+        raise
+
+
+def _train(loaded: Loaded, world: World) -> int:
+    from harness.train.attempt import Attempt, check_same_run
+
+    attempt = None
+    try:
+        use_gpu = _use_gpu(loaded)
+        if world.is_main:
+            _preflight(loaded, world, use_gpu)
+            check_same_run(loaded)
+            attempt = Attempt.begin(loaded)
+        _build_operators(loaded, speak=world.is_main)
+        from harness.train.compose import train
+
+        evaluation = train(loaded, world, use_gpu=use_gpu, attempt=attempt)
+    except HarnessError as error:
+        _leave(loaded, world, attempt, state=error.state, code=error.exit_code, reason=str(error))
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        _leave(loaded, world, attempt, state="failed", code=EXIT_FAILURE, reason=f"{type(error).__name__}: {error}")
+        return EXIT_FAILURE
+    _leave(loaded, world, attempt, state="done", code=EXIT_DONE, reason=f"evaluation loss {evaluation.loss:.4f}")
+    return EXIT_DONE
+
+
+def _preflight(loaded: Loaded, world: World, use_gpu: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from harness.preflight.check import check
+
+    transformers_logging.set_verbosity_error()
+    check(loaded, ranks=world.size, has_gpu=use_gpu)
+
+
+def _use_gpu(loaded: Loaded) -> bool:
+    import torch
+
+    return loaded.run.engine.device != "cpu" and torch.cuda.is_available()
+
+
+def _build_operators(loaded: Loaded, *, speak: bool) -> None:
+    from harness.config.deepspeed import offload_device, read_deepspeed
+    from harness.launch import operators
+
+    config, _ = read_deepspeed(loaded)
+    devices = {offload_device(config, "optimizer"), offload_device(config, "param")}
+    operators.build(operators.needed(optimizer_offload=offload_device(config, "optimizer"), nvme="nvme" in devices, gpu=_use_gpu(loaded)), speak=speak)
+
+
+def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: int, reason: str) -> None:
+    """Write the outcome first, so that whatever a launcher does next finds it; then part from the other ranks."""
+    from harness import distributed
+    from harness.formats import ledger, outcome
+
+    if world.is_main and os.path.isdir(loaded.run.run_dir):
+        number = getattr(attempt, "number", 0)
+        last_step = outcome.last_step(loaded.run.run_path)
+        outcome.write_outcome(loaded.run.run_path, outcome.Outcome(state=state, code=code, reason=reason, step=last_step, attempt=number))
+        ledger.append(loaded.run.run_path, "finish" if code == EXIT_DONE else "stop", attempt=number, state=state, code=code, reason=reason, step=last_step)
+    if state in ("done", "stopped"):
+        distributed.shutdown()
+    else:
+        distributed.abandon()

@@ -1,0 +1,176 @@
+"""From a YAML file and dotted overrides to a frozen run file in which every value knows where it came from."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from harness.config.schema import RunFile
+from harness.errors import Refused
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run file with the origin of each value that was set.
+
+    Attributes:
+        run: the typed values.
+        origins: dotted key -> `FILE:LINE` or `command line`; keys that are absent hold their default.
+    """
+
+    run: RunFile
+    origins: dict[str, str]
+
+    def origin(self, key: str) -> str:
+        """Where `key`, or the nearest section above it, was set."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return "default"
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Loaded:
+    """Read, override and validate a run file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` words; the value is read as YAML.
+
+    Raises:
+        Refused: one message that lists every unknown key, wrong type and broken rule with its place.
+    """
+    path = Path(path)
+    values, origins = _read(path)
+    for word in overrides or []:
+        _override(values, origins, word)
+    try:
+        run = RunFile.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error, origins, path) from None
+    return Loaded(run, origins)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    if not path.is_file():
+        raise Refused(f"There is no run file {path}.", where=str(path), remedy="Give the path of a YAML run file; examples stand in launch/runs/.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        tree = yaml.compose(text)
+    except UnicodeDecodeError as error:
+        raise Refused("The run file is not UTF-8.", where=f"{path}, byte {error.start}", remedy="Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise Refused(f"The run file is not valid YAML: {getattr(error, 'problem', error)}.", where=where, remedy="Mend the line.") from None
+    if not isinstance(values, dict):
+        raise Refused("The run file holds no settings.", where=str(path), remedy="Start with `run_dir:` and the sections data, model, train.")
+    origins: dict[str, str] = {}
+    _collect_origins(tree, "", path, origins)
+    return values, origins
+
+
+def _collect_origins(node: yaml.Node, prefix: str, path: Path, origins: dict[str, str]) -> None:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        line = key_node.start_mark.line + 1
+        if key in seen:
+            raise Refused(f"`{key}` is set twice.", where=f"{path}:{seen[key]} and {path}:{line}", remedy="Keep one of the lines.")
+        seen[key] = line
+        origins[key] = f"{path}:{line}"
+        if isinstance(value_node, yaml.MappingNode):
+            _collect_origins(value_node, f"{key}.", path, origins)
+
+
+def _override(values: dict[str, Any], origins: dict[str, str], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise Refused(f"`{word}` is not an override.", where="command line", remedy="Write it as key.path=value, such as train.steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise Refused(f"The value of `{key}` is not valid YAML: {text}", where="command line", remedy="Quote it.") from None
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[last] = value
+    for stale in [k for k in origins if k.startswith(f"{key}.")]:
+        del origins[stale]
+    origins[key] = "command line"
+
+
+def _refusal(error: ValidationError, origins: dict[str, str], path: Path) -> Refused:
+    problems, places, remedies = [], [], []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(str(item["loc"][-1]), _names(item["loc"][:-1]), n=1, cutoff=0.0)
+            problems.append(f"`{key}` is not a setting.")
+            remedies.append(f"Did you mean `{nearest[0]}`?" if nearest else f"Remove `{key}`.")
+        elif item["type"] == "missing":
+            problems.append(f"`{key}` is missing.")
+            remedies.append(f"Set `{key}`.")
+        else:
+            problems.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]} (it is {item['input']!r}).")
+            remedies.append(f"Change `{key}`.")
+        places.append(_nearest_origin(key, origins, path))
+    return Refused("\n".join(problems), where="; ".join(dict.fromkeys(places)), remedy=" ".join(dict.fromkeys(remedies)))
+
+
+def _nearest_origin(key: str, origins: dict[str, str], path: Path) -> str:
+    below = [place for name, place in origins.items() if name.startswith(f"{key}.")]
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return below[0] if below else str(path)
+
+
+def _names(location: tuple[Any, ...]) -> list[str]:
+    """The settings that stand at `location` of the schema."""
+    model: type[BaseModel] | None = RunFile
+    for part in location:
+        field = model.model_fields.get(str(part)) if model else None
+        model = _section(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a run file as dotted key -> value."""
+    leaves: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            leaves.update(flatten(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+def fixed_keys(model: type[BaseModel] = RunFile, prefix: str = "") -> set[str]:
+    """The dotted keys that a resumed run must keep."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("resume") == "fixed":
+            keys.add(f"{prefix}{name}")
+        if section := _section(field.annotation):
+            keys |= fixed_keys(section, f"{prefix}{name}.")
+    return keys

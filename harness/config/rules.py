@@ -1,0 +1,151 @@
+"""What a run file may not combine: every rule that needs neither data nor a model nor a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from harness.config.batch import batch_equation
+from harness.config.deepspeed import offload_device, read_deepspeed, zero
+from harness.config.load import Loaded
+from harness.errors import Refused
+
+
+def check(loaded: Loaded, *, ranks: int, has_gpu: bool) -> None:
+    """Refuse what is known wrong from the run file alone.
+
+    Args:
+        loaded: the run file.
+        ranks: the ranks that met, or that are planned.
+        has_gpu: whether the machine trains on a GPU.
+
+    Raises:
+        Refused: with the first rule that is broken.
+    """
+    _one_of(loaded, "model", ("path", "architecture"))
+    _one_of(loaded, "data.train", ("path", "hub", "builtin"))
+    if loaded.run.data.validation is not None:
+        _one_of(loaded, "data.validation", ("path", "hub", "builtin"))
+    _one_of(loaded, "train", ("steps", "epochs"))
+    _tokenizer(loaded)
+    _world(loaded, ranks)
+    batch_equation(loaded, ranks // loaded.run.engine.pipeline_stages or 1)
+    _schedule(loaded)
+    config, path = read_deepspeed(loaded)
+    _stage_and_pipeline(loaded, config, path)
+    _nvme(loaded, config)
+    _precision(loaded, has_gpu)
+    _run_dir(loaded)
+
+
+def _one_of(loaded: Loaded, section: str, names: tuple[str, ...]) -> None:
+    value: Any = loaded.run
+    for part in section.split("."):
+        value = getattr(value, part)
+    given = [name for name in names if getattr(value, name) is not None]
+    if len(given) != 1:
+        keys = " and ".join(f"`{section}.{name}`" for name in names)
+        problem = f"Exactly one of {keys} must be set; {'all' if len(given) == len(names) else len(given) or 'none'} of them are."
+        places = "; ".join(f"{section}.{name} ({loaded.origin(f'{section}.{name}')})" for name in given) or loaded.origin(section)
+        raise Refused(problem, where=places, remedy="Keep one (an override `KEY=null` removes a key)." if given else f"Set {keys.replace(' and ', ' or ')}.")
+
+
+def _tokenizer(loaded: Loaded) -> None:
+    data, model = loaded.run.data, loaded.run.model
+    if data.tokenizer and data.train_tokenizer:
+        raise Refused("`data.tokenizer` and `data.train_tokenizer` are both set.", where=loaded.origin("data.train_tokenizer"), remedy="Keep one.")
+    if not data.tokenizer and not data.train_tokenizer and not model.path:
+        raise Refused(
+            "There is no tokenizer: the model is built from scratch and none is named.", where=loaded.origin("data"),
+            remedy="Set `data.tokenizer` to a folder or name, or `data.train_tokenizer` to train one.",
+        )
+
+
+def _world(loaded: Loaded, ranks: int) -> None:
+    expected = loaded.run.launch.ranks
+    if expected is not None and expected != ranks:
+        raise Refused(
+            f"The run file asks for {expected} ranks, but {ranks} met.", where=f"launch.ranks ({loaded.origin('launch.ranks')})",
+            remedy=f"Start {expected} ranks, or set launch.ranks={ranks}.",
+        )
+    stages = loaded.run.engine.pipeline_stages
+    if ranks % stages:
+        raise Refused(
+            f"{ranks} ranks do not divide into pipelines of {stages} stages.",
+            where=f"engine.pipeline_stages ({loaded.origin('engine.pipeline_stages')})", remedy="Use a number of ranks that is a multiple of it.",
+        )
+
+
+def _schedule(loaded: Loaded) -> None:
+    optimizer = loaded.run.optimizer
+    if optimizer.warmup_steps is not None and optimizer.warmup_epochs is not None:
+        raise Refused(
+            "`optimizer.warmup_steps` and `optimizer.warmup_epochs` are both set.",
+            where=loaded.origin("optimizer.warmup_epochs"), remedy="Keep one.",
+        )
+    steps = loaded.run.train.steps
+    if steps is not None and (optimizer.warmup_steps or 0) > steps:
+        raise Refused(
+            f"The warm-up of {optimizer.warmup_steps} steps is longer than the run of {steps} steps.",
+            where=f"optimizer.warmup_steps ({loaded.origin('optimizer.warmup_steps')})", remedy="Shorten it, or train longer.",
+        )
+
+
+def _stage_and_pipeline(loaded: Loaded, config: dict[str, Any], path: Path) -> None:
+    stage, stages = zero(config).get("stage", 0), loaded.run.engine.pipeline_stages
+    where = f"engine.pipeline_stages ({loaded.origin('engine.pipeline_stages')}) and {path}"
+    if stages > 1 and stage > 1:
+        raise Refused(
+            f"ZeRO-{stage} cannot be used inside {stages} pipeline stages: DeepSpeed reduces gradients once, after the last micro-batch.",
+            where=where, remedy="Use engine.deepspeed=zero1 or zero1_offload_cpu with stages, or engine.pipeline_stages=1 with ZeRO-2/3.",
+        )
+    if stages > 1:
+        raise Refused(
+            "This version trains with one pipeline stage only.", where=where, remedy="Set engine.pipeline_stages=1."
+        )
+    if stage not in (0, 1, 2, 3):
+        raise Refused(f"There is no ZeRO stage {stage!r}.", where=str(path), remedy="Use 0, 1, 2 or 3.")
+    if stage < 3 and offload_device(config, "param") != "none":
+        raise Refused("Offload of parameters needs ZeRO-3.", where=str(path), remedy='Set "stage": 3 or remove "offload_param".')
+    if stage == 0 and offload_device(config, "optimizer") != "none":
+        raise Refused("Offload of the optimizer needs ZeRO-1 or higher.", where=str(path), remedy='Set "stage" or remove "offload_optimizer".')
+    if stage < 3 and offload_device(config, "optimizer") == "nvme":
+        raise Refused("Offload of the optimizer to NVMe needs ZeRO-3.", where=str(path), remedy='Set "stage": 3 or use "device": "cpu".')
+
+
+def _nvme(loaded: Loaded, config: dict[str, Any]) -> None:
+    if "nvme" not in (offload_device(config, "optimizer"), offload_device(config, "param")):
+        return
+    folder = loaded.run.engine.nvme_dir
+    where = f"engine.nvme_dir ({loaded.origin('engine.nvme_dir')})"
+    if folder is None:
+        raise Refused("NVMe offload needs a folder on a local disk.", where="engine.nvme_dir", remedy="Set `engine.nvme_dir`.")
+    _writable(Path(folder), where, "engine.nvme_dir")
+
+
+def _precision(loaded: Loaded, has_gpu: bool) -> None:
+    if loaded.run.train.precision == "fp16" and not has_gpu:
+        raise Refused(
+            "fp16 needs a GPU; on a CPU there is bf16 and fp32.", where=f"train.precision ({loaded.origin('train.precision')})",
+            remedy="Set train.precision=bf16.",
+        )
+    if loaded.run.engine.device == "cuda" and not has_gpu:
+        raise Refused(
+            "A GPU is asked for, but torch sees none.", where=f"engine.device ({loaded.origin('engine.device')})",
+            remedy="Check the driver and the torch build, or set engine.device=cpu.",
+        )
+
+
+def _run_dir(loaded: Loaded) -> None:
+    _writable(loaded.run.run_path, f"run_dir ({loaded.origin('run_dir')})", "run_dir")
+
+
+def _writable(folder: Path, where: str, key: str) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise Refused(f"{folder} cannot be a folder: {existing} is a file.", where=where, remedy=f"Set `{key}` to another place.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Refused(f"{folder} cannot be written: {existing} is read-only for this user.", where=where, remedy=f"Set `{key}` to another place.")

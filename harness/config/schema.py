@@ -1,0 +1,191 @@
+"""Everything that a run file can say: one frozen model a section, one documented field a setting.
+
+A field is `free` when it may change between the attempts of one run, and `fixed` when a run that resumes must keep it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def fixed(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that a resumed run must keep."""
+    return Field(default, json_schema_extra={"resume": "fixed"}, **kwargs)
+
+
+def free(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that may change when a run resumes."""
+    return Field(default, json_schema_extra={"resume": "free"}, **kwargs)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Source(Section):
+    """Where raw examples come from. Exactly one of `path`, `hub` and `builtin` is set."""
+
+    path: str | list[str] | None = fixed(None, description="A file, a list of files or a glob.")
+    hub: str | None = fixed(None, description="A data set on the Hugging Face hub, by name (needs a network).")
+    builtin: Literal["python-prose", "python-qa"] | None = fixed(
+        None, description="Text that every Python installation carries: the language reference, or questions about the library."
+    )
+    split: str = fixed("train", description="The split of a hub data set.")
+    format: Literal["jsonl", "csv", "parquet", "text"] | None = fixed(
+        None, description="The format of the files; by default from their suffix."
+    )
+    encoding: str = fixed("utf-8", description="Text encoding of the files.")
+    max_rows: Positive | None = fixed(None, description="Take only the first rows.")
+
+
+class Columns(Section):
+    """The names of the columns that hold each part of an example."""
+
+    text: str = fixed("text")
+    prompt: str = fixed("prompt")
+    completion: str = fixed("completion")
+    messages: str = fixed("messages")
+
+
+class TemplateSpec(Section):
+    """How an example becomes text. `{prompt}` and `{completion}` stand for the columns."""
+
+    name: str = fixed("plain", description="A name that is kept in the index and the export.")
+    prompt: str = fixed("{prompt}\n", description="Text before the trained part.")
+    completion: str = fixed("{completion}", description="The trained part; the end-of-text token follows it.")
+
+
+class Bpe(Section):
+    """A byte-level BPE to train on the training source, when there is no tokenizer yet."""
+
+    vocab_size: Annotated[int, Field(ge=257)] = fixed(8192)
+
+
+class Data(Section):
+    """What to train on: raw sources, their shape, and the folder of shards made from them."""
+
+    dir: str = fixed(description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
+    train: Source = fixed(description="Source of the training examples.")
+    validation: Source | None = fixed(None, description="Source of the validation examples; by default a share of `train`.")
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = fixed(
+        0.02, description="Share of the training source that is held out when `validation` is not given."
+    )
+    shape: Literal["text", "prompt_completion", "messages"] = fixed("text", description="What one example is.")
+    columns: Columns = fixed(Columns())
+    template: TemplateSpec = fixed(TemplateSpec(), description="Used with `shape: prompt_completion`.")
+    tokenizer: str | None = fixed(None, description="Folder or hub name; by default that of `model.path`.")
+    train_tokenizer: Bpe | None = fixed(None, description="Train a byte-level BPE instead, kept in `dir/tokenizer`.")
+    sequence_length: Annotated[int, Field(ge=8)] = fixed(1024, description="Tokens in a row.")
+    packing: Literal["none", "best_fit"] = fixed("best_fit", description="One document a row, or several packed into it.")
+    long_documents: Literal["cut", "truncate", "drop"] = fixed(
+        "cut", description="A document longer than a row is cut into pieces, loses its end, or is dropped."
+    )
+    max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
+    num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core.")
+
+
+class Model(Section):
+    """The model to start from. Exactly one of `path` and `architecture` is set."""
+
+    path: str | None = fixed(None, description="Folder or hub name of a pretrained causal language model.")
+    architecture: dict[str, Any] | None = fixed(
+        None, description="From scratch: `model_type` and the fields of its transformers configuration."
+    )
+    trust_code: bool = fixed(False, description="Run code that ships with the model.")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = free("sdpa")
+    dropout: Share | None = fixed(None, description="Set every dropout of the configuration; by default as configured.")
+
+
+class Train(Section):
+    """How long, in which portions and in which precision. Exactly one of `steps` and `epochs` is set."""
+
+    steps: Positive | None = free(None, description="Optimizer steps.")
+    epochs: Annotated[float, Field(gt=0)] | None = free(None, description="Passes over the training rows.")
+    global_batch_rows: Positive | None = free(None, description="Rows of one optimizer step, over all ranks.")
+    global_batch_tokens: Positive | None = free(None, description="The same in tokens: rows times sequence length.")
+    micro_batch: Positive = free(1, description="Rows of one forward pass on one rank.")
+    precision: Literal["bf16", "fp16", "fp32"] = fixed("bf16")
+    accumulate_in: Literal["fp32", "model"] = fixed("fp32", description="Type in which gradients are accumulated.")
+    clip: Annotated[float, Field(ge=0.0)] = free(1.0, description="Largest gradient norm; 0 does not clip.")
+    activation_checkpointing: int = free(
+        0, ge=0, description="0: keep all activations; 1: recompute every block; n: every n-th block."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = fixed(0)
+
+
+class Optimizer(Section):
+    """AdamW and the course of its learning rate."""
+
+    lr: Annotated[float, Field(gt=0)] = free(5e-5, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = free((0.9, 0.999))
+    eps: Annotated[float, Field(gt=0)] = free(1e-8)
+    weight_decay: Annotated[float, Field(ge=0)] = free(0.01, description="On matrices only; never on biases and norms.")
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = free("linear")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = free(None, description="Steps from 0 to the peak.")
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = free(None, description="The same in epochs.")
+    decay_steps: Annotated[int, Field(ge=0)] | None = free(
+        None, description="Last steps that fall, under `warmup_stable_decay`; by default a tenth."
+    )
+    min_lr_share: Share = free(0.0, description="Where the fall ends, as a share of the peak.")
+
+
+class Engine(Section):
+    """Which DeepSpeed configuration, and what belongs to the machine."""
+
+    deepspeed: str = free("zero3", description="A name in `ds_configs/` or the path of a JSON file.")
+    pipeline_stages: Positive = free(1, description="Stages of the pipeline engine; 1 is the ZeRO engine.")
+    nvme_dir: str | None = free(None, description="Folder on a local NVMe; run, host and rank are added.")
+    device: Literal["auto", "cuda", "cpu"] = free("auto", description="`cpu` trains without a GPU and asks for no warning.")
+    timeout_minutes: Annotated[float, Field(gt=0)] = free(10.0, description="Longest wait in a collective.")
+
+
+class Evaluation(Section):
+    """When to look, at what, and when to give up."""
+
+    every_steps: Positive | None = free(None, description="Steps between evaluations; there is always one at the end.")
+    at_start: bool = free(True, description="Also before the first step.")
+    micro_batch: Positive | None = free(None, description="Rows of one forward pass; by default that of training.")
+    prompts: list[str] = free([], description="Answered at every evaluation and written to TensorBoard.")
+    max_new_tokens: Positive = free(48)
+    patience: Positive | None = free(None, description="Stop after so many evaluations without a better loss.")
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every_steps: Positive | None = free(None, description="Steps between checkpoints; there is always one at the end.")
+    keep_last: Positive = free(2)
+    keep_best: bool = free(True, description="Also keep the checkpoint of the lowest evaluation loss.")
+
+
+class Launch(Section):
+    """What a launcher needs to know."""
+
+    ranks: Positive | None = free(None, description="Ranks that must meet; another number is refused.")
+
+
+class RunFile(Section):
+    """A whole run file."""
+
+    run_dir: str = free(description="Folder that holds everything the run writes.")
+    data: Data
+    model: Model
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    launch: Launch = Launch()
+
+    @property
+    def run_path(self) -> Path:
+        """`run_dir` as a path."""
+        return Path(self.run_dir)

@@ -1,0 +1,81 @@
+"""The audit: what went in, what was left out and why, and how the result looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.formats.index import ShardSetIndex
+from harness.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The counts of both sets, and some rows.
+
+    Attributes:
+        folder: of both sets.
+        indexes: by set.
+        samples: rows as lists of (text, trained).
+    """
+
+    folder: Path
+    indexes: dict[str, ShardSetIndex]
+    samples: list[list[tuple[str, bool]]]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """The numbers by set."""
+        facts = {}
+        for name, index in self.indexes.items():
+            shards = index.shards
+            facts[name] = {
+                "rows in": index.audit["rows_in"],
+                "documents": sum(s.rows for s in shards),
+                **{f"dropped: {cause}": count for cause, count in index.audit["dropped"].items()},
+                "duplicates (kept)": index.audit["duplicates"],
+                "tokens": sum(s.tokens for s in shards),
+                "trained tokens": sum(s.trained_tokens for s in shards),
+                "shards": len(shards),
+                "on disk": format_bytes(sum(s.bytes for s in shards)),
+            }
+        return facts
+
+    def render(self) -> Any:
+        """A rich renderable: the table, and sample rows with the trained text marked."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        facts = self.facts()
+        table = Table("", *facts, title=f"{self.folder}", title_justify="left")
+        for row in dict.fromkeys(key for values in facts.values() for key in values):
+            cells = [values.get(row, 0) for values in facts.values()]
+            table.add_row(row, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells))
+        samples = []
+        for number, pieces in enumerate(self.samples, 1):
+            text = Text(f"sample {number} (trained text is marked): ", style="dim")
+            for piece, trained in pieces:
+                text.append(piece, style="bold green" if trained else "default")
+            samples.append(text)
+        return Group(table, *samples)
+
+
+def sample_rows(folder: Path, *, count: int, longest: int = 400) -> list[list[tuple[str, bool]]]:
+    """The first, middle and last document of a set, as text with its trained parts, shortened to `longest` characters."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    documents = datasets.load_from_disk(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
+    chosen = sorted({round(i * (len(documents) - 1) / max(1, count - 1)) for i in range(count)}) if len(documents) else []
+    return [_pieces(documents[number], tokenizer, longest) for number in chosen]
+
+
+def _pieces(document: dict[str, Any], tokenizer: Any, longest: int) -> list[tuple[str, bool]]:
+    ids, place, pieces = document["input_ids"], 0, []
+    for start, stop in zip(document["trained_starts"], document["trained_stops"], strict=True):
+        pieces += [(ids[place:start], False), (ids[start:stop], True)]
+        place = stop
+    pieces.append((ids[place:], False))
+    return [(tokenizer.decode(part)[:longest], trained) for part, trained in pieces if len(part)]

@@ -1,0 +1,104 @@
+"""The one file that talks to torch.distributed: start, agree, and end together."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.errors import Failure
+from harness.world import World
+
+
+def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device:
+    """Meet the other ranks.
+
+    Args:
+        world: this rank's place; the environment must hold MASTER_ADDR and MASTER_PORT when there are several ranks.
+        use_gpu: train on the GPU of this local rank over NCCL, else on the CPU over gloo.
+        timeout_minutes: longest wait in a collective.
+
+    Returns:
+        the device of this rank.
+
+    Raises:
+        Failure: when another number of ranks met than the launcher named.
+    """
+    import deepspeed
+
+    if world.size == 1:
+        for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0" if world.size == 1 else "29500"
+    if use_gpu:
+        torch.cuda.set_device(world.local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+        )
+    if size() != world.size:
+        raise Failure(f"{world.size} ranks were launched, but {size()} met.")
+    return torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+
+
+def is_initialized() -> bool:
+    """Whether the ranks have met."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This rank; 0 before the ranks have met."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def size() -> int:
+    """The number of ranks; 1 before they have met."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor, *, wait: bool = True) -> Any:
+    """Sum `tensor` over all ranks in place; with `wait=False` returns a handle with `.wait()`, or None for one rank."""
+    if size() == 1:
+        return None
+    return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=not wait)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, by rank, on every rank."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shutdown() -> None:
+    """Leave together: scripts that end right after a collective die of an exception in a thread now and then."""
+    if is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def abandon() -> None:
+    """Leave after an exception, without entering a collective."""
+    if is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,32 @@
+"""`events.jsonl`: what happened to a run, in order, with cause; goodput is computed from it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+NAME = "events.jsonl"
+KINDS = ("start", "stop", "finish", "save", "resume", "skip", "anomaly", "evaluation")
+
+
+def append(run_dir: Path, kind: str, **facts: Any) -> None:
+    """Add one event; `kind` is one of KINDS."""
+    assert kind in KINDS, kind
+    line = json.dumps({"version": VERSION, "time": time.time(), "kind": kind, **facts}, ensure_ascii=False)
+    with open(run_dir / NAME, "a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """All events, oldest first; a line that a crash cut short is left out."""
+    path = run_dir / NAME
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events

@@ -1,0 +1,51 @@
+"""The one table of metrics: tag, unit and meaning, for those who write and those who read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One scalar of a run.
+
+    Attributes:
+        unit: what one of it is.
+        meaning: what it says, in a sentence.
+        over: how it is reduced over ranks: sum, mean, main (rank 0's own) or same (equal everywhere).
+    """
+
+    unit: str
+    meaning: str
+    over: str
+
+
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric("nats", "Mean loss over the trained tokens of the global batch.", "sum"),
+    "train/aux_loss": Metric("1", "Mean auxiliary (routing) loss over the micro-batches.", "mean"),
+    "train/tokens": Metric("tokens", "Trained tokens of the global batch.", "same"),
+    "train/epoch": Metric("epochs", "Rows consumed as a share of the training rows.", "same"),
+    "eval/loss": Metric("nats", "Mean loss over the trained tokens of the whole validation set.", "sum"),
+    "eval/perplexity": Metric("1", "exp(eval/loss).", "sum"),
+    "eval/token_accuracy": Metric("share", "Trained tokens of the validation set whose most likely prediction is right.", "sum"),
+    "optim/lr": Metric("1", "Learning rate of the step.", "same"),
+    "optim/grad_norm": Metric("1", "Global gradient norm before clipping.", "same"),
+    "optim/skipped": Metric("steps", "1 when the update was skipped because a gradient was not finite.", "same"),
+    "speed/step_seconds": Metric("s", "Wall-clock of the step, data included, evaluation and saving left out.", "main"),
+    "speed/tokens_per_second": Metric("tokens/s", "Positions of the global batch, padding included, by step_seconds.", "main"),
+    "speed/data_wait_seconds": Metric("s", "Time in which the step waited for its batch.", "main"),
+    "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process.", "main"),
+    "memory/device_peak_bytes": Metric("bytes", "Highest memory that torch allocated on rank 0's GPU.", "main"),
+    "checkpoint/save_seconds": Metric("s", "Time in which training stood still for a checkpoint.", "main"),
+}
+
+
+def check(tag: str) -> str:
+    """`tag` itself, when the table has it.
+
+    Raises:
+        KeyError: for a tag that nobody declared.
+    """
+    if tag not in METRICS:
+        raise KeyError(f"{tag} is not in the table of metrics")
+    return tag

@@ -1,0 +1,62 @@
+"""`outcome.json`: how the last attempt of a run ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from harness import files
+
+VERSION = 1
+NAME = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of an attempt.
+
+    Attributes:
+        state: done, failed, refused, anomaly, check failed or stopped.
+        code: exit code of every rank.
+        reason: one message.
+        step: optimizer steps done by then.
+        attempt: its number; 0 when it was refused before it began.
+        time: seconds since the epoch.
+    """
+
+    state: str
+    code: int
+    reason: str
+    step: int
+    attempt: int
+    time: float = field(default_factory=time.time)
+    version: int = VERSION
+
+
+def write_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Replace the outcome of the run in one step."""
+    files.write_json(run_dir / NAME, asdict(outcome))
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """The outcome of the last attempt, or None when there is none."""
+    path = run_dir / NAME
+    return Outcome(**files.read_json(path)) if path.is_file() else None
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that the metrics of a run hold; 0 when there is none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 8192))
+        lines = stream.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

@@ -1,0 +1,100 @@
+"""Answers from a model: the fixed prompts of an evaluation, and an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import files
+from harness.data.template import Template
+from harness.errors import Refused
+
+if TYPE_CHECKING:
+    from harness.engine.zero import ZeroEngine
+
+TEMPLATE_FILE = "harness.json"
+
+
+def answer_prompts(engine: ZeroEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int) -> list[tuple[str, str]]:
+    """Answer fixed prompts with the model in training, on all ranks together.
+
+    Args:
+        engine: the engine.
+        tokenizer: of the data.
+        template: how prompts were written in training.
+        prompts: as a user would type them.
+        max_new_tokens: bound of each answer.
+
+    Returns:
+        (prompt, answer) pairs.
+    """
+    if not prompts:
+        return []
+    answers = engine.generate([template.prompt_ids(prompt, tokenizer) for prompt in prompts], tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+    return [(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip()) for prompt, ids in zip(prompts, answers, strict=True)]
+
+
+class Generator:
+    """A Hugging Face folder that answers, with the template that it was trained with.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        template: the template of training, or None for plain text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, template: Template | None):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+
+    @classmethod
+    def load(cls, folder: Path) -> Generator:
+        """Load an exported folder, or any Hugging Face folder.
+
+        Raises:
+            Refused: when it holds no model.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if not (folder / "config.json").is_file():
+            raise Refused(f"{folder} holds no model.", where=str(folder), remedy="Give a folder that `harness export` wrote.")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        described = folder / TEMPLATE_FILE
+        template = Template.from_dict(files.read_json(described)["template"]) if described.is_file() else None
+        return cls(model, AutoTokenizer.from_pretrained(folder), template)
+
+    def answer(self, prompt: str, *, chat: bool = False, raw: bool = False, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
+        """The text that follows `prompt`.
+
+        Args:
+            prompt: as a user would type it.
+            chat: write it as a user's turn with the tokenizer's chat template.
+            raw: do not apply the template of training.
+            max_new_tokens: bound of the answer.
+            temperature: 0 is greedy.
+            seed: of sampling.
+        """
+        import torch
+
+        ids = self._ids(prompt, chat=chat, raw=raw)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and len(ids) >= positions:
+            raise Refused(f"The prompt has {len(ids)} tokens; the model has {positions} positions.", where="--prompt", remedy="Shorten it.")
+        room = positions - len(ids) if positions else max_new_tokens
+        tensor = torch.tensor([ids], device=self.model.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        with torch.no_grad():
+            output = self.model.generate(
+                tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=min(max_new_tokens, room), use_cache=True,
+                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id, **sampling,
+            )
+        return self.tokenizer.decode(output[0, len(ids):], skip_special_tokens=True).strip()
+
+    def _ids(self, prompt: str, *, chat: bool, raw: bool) -> list[int]:
+        if chat:
+            return Template.for_messages(self.tokenizer).prompt_ids(prompt, self.tokenizer)
+        if self.template is None or raw:
+            return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+        return self.template.prompt_ids(prompt, self.tokenizer)

@@ -1,0 +1,96 @@
+"""Where a run's numbers go: JSON Lines, TensorBoard and the terminal, on rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness.formats import metrics as table
+from harness.telemetry.display import Display
+
+
+class Recorder:
+    """Fans out to every sink on rank 0; does nothing elsewhere.
+
+    Args:
+        run_dir: folder of the run.
+        attempt: number of this attempt.
+        resumed_step: step from which this attempt goes on; TensorBoard drops what lies beyond.
+        total_steps: steps of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, *, attempt: int, resumed_step: int, total_steps: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.attempt = attempt
+        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._display = Display(total_steps, done=resumed_step)
+        self._process = psutil.Process()
+
+    @classmethod
+    def open(cls, run_dir: Path, *, attempt: int, main: bool, resumed_step: int, total_steps: int) -> Recorder | Silence:
+        """A recorder on the main rank, silence on the others."""
+        return cls(run_dir, attempt=attempt, resumed_step=resumed_step, total_steps=total_steps) if main else Silence()
+
+    def hyper_parameters(self, values: dict[str, Any]) -> None:
+        """The run file's leaves, as a table."""
+        rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+        self._board.add_text("run file", f"| setting | value |\n| --- | --- |\n{rows}", 0)
+
+    def step(self, step: int, values: dict[str, float], *, rows: int) -> None:
+        """One optimizer step."""
+        values = values | self._memory()
+        self._write(step, values, rows=rows)
+        self._display.step(step, values)
+
+    def evaluation(self, step: int, values: dict[str, float], *, rows: int) -> None:
+        """One evaluation."""
+        self._write(step, values, rows=rows)
+
+    def extra(self, step: int, values: dict[str, float]) -> None:
+        """Numbers that belong to no step of their own."""
+        self._write(step, values, rows=None)
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """A fixed prompt and its answer."""
+        self._board.add_text(f"answers/{prompt}", answer or "(empty)", step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._display.close()
+        self._board.close()
+        self._lines.close()
+
+    def _write(self, step: int, values: dict[str, float], *, rows: int | None) -> None:
+        entry: dict[str, Any] = {"attempt": self.attempt, "step": step, "time": time.time()}
+        if rows is not None:
+            entry["rows"] = rows
+        for tag, value in values.items():
+            entry[table.check(tag)] = value
+            self._board.add_scalar(tag, value, step)
+        self._lines.write(json.dumps(entry) + "\n")
+        self._lines.flush()
+
+    def _memory(self) -> dict[str, float]:
+        import torch
+
+        values = {"memory/host_bytes": float(self._process.memory_info().rss)}
+        if torch.cuda.is_available():
+            values["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+        return values
+
+
+class Silence:
+    """The recorder of all ranks but the first."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _ignore
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    return None

@@ -1,0 +1,234 @@
+"""The composition root of `train`: objects are built in the order things happen, and handed on by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import distributed
+from harness.checkpoint import commit, read
+from harness.config.batch import BatchEquation, batch_equation
+from harness.config.deepspeed import merge, offload_device
+from harness.config.load import Loaded
+from harness.config.schema import RunFile
+from harness.data.loader import TrainLoader, eval_batches
+from harness.data.rows import RowTable
+from harness.data.template import Template
+from harness.errors import Refused
+from harness.formats import ledger
+from harness.generation import answer_prompts
+from harness.log import say
+from harness.resilience.agreement import Agreement
+from harness.resilience.signals import StopFlag
+from harness.telemetry.recorder import Recorder
+from harness.train.attempt import Attempt
+from harness.train.evaluate import Evaluation, evaluate
+from harness.train.loop import Progress, Trainer
+from harness.train.schedule import Schedule
+from harness.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.formats.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Attributes:
+        steps: optimizer steps in all, those done included.
+        total_rows: rows after which only empty ones follow, or None when the run is counted in steps.
+    """
+
+    steps: int
+    total_rows: int | None
+
+
+def run_length(run: RunFile, *, rows_per_epoch: int, batch_rows: int, done: Progress) -> Length:
+    """The length of a run that may have been cut differently so far."""
+    if run.train.steps is not None:
+        return Length(run.train.steps, None)
+    total_rows = math.ceil(run.train.epochs * rows_per_epoch)
+    return Length(done.step + math.ceil(max(0, total_rows - done.rows) / batch_rows), total_rows)
+
+
+def build_schedule(run: RunFile, *, steps: int, rows_per_epoch: int, batch_rows: int) -> Schedule:
+    """The learning rate's course over `steps` optimizer steps."""
+    settings = run.optimizer
+    warmup = settings.warmup_steps or 0
+    if settings.warmup_epochs is not None:
+        warmup = math.ceil(settings.warmup_epochs * rows_per_epoch / batch_rows)
+    decay = settings.decay_steps if settings.decay_steps is not None else max(1, steps // 10)
+    return Schedule(settings.schedule, settings.lr, steps, warmup, decay, settings.min_lr_share)
+
+
+def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt, config: Any, tokenizer: Any) -> Evaluation:
+    """Run one attempt of training on this rank.
+
+    Args:
+        loaded: the run file, already checked.
+        world: this rank's place.
+        use_gpu: train on GPUs.
+        attempt: the folder of this attempt.
+        config: the model's transformers configuration.
+        tokenizer: the tokenizer of the data.
+
+    Returns:
+        the last evaluation.
+    """
+    run = loaded.run
+    device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=run.engine.timeout_minutes)
+    stop = StopFlag()
+    stop.install()
+    batch = batch_equation(loaded, world.size)
+    table = _table(run, "train")
+    validation = _table(run, "validation")
+    ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
+    attempt.write_deepspeed(ds_config)
+    found = _newest_checkpoint(run.run_path, table)
+    engine = _build_engine(run, config, ds_config, device=device, found=found)
+    progress = _resume(engine, found, run)
+    length = run_length(run, rows_per_epoch=table.num_rows, batch_rows=batch.rows, done=progress)
+    recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
+    recorder.hyper_parameters(attempt.hyper_parameters())
+    template = Template.from_run(run, tokenizer)
+    loader = TrainLoader(
+        table, seed=run.train.seed, dp_rank=world.rank, dp_size=world.size, micro_batch=batch.micro_batch, global_rows=batch.rows,
+        start=progress.rows, total_rows=length.total_rows,
+    )
+    saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)
+    evaluation_micro_batch = run.evaluation.micro_batch or run.train.micro_batch
+    trainer = Trainer(
+        run=run, engine=engine, loader=loader,
+        schedule=build_schedule(run, steps=length.steps, rows_per_epoch=table.num_rows, batch_rows=batch.rows),
+        total_steps=length.steps, rows_per_epoch=table.num_rows, agreement=Agreement(device), stop=stop, recorder=recorder,
+        evaluate=lambda: evaluate(
+            engine, eval_batches(validation, dp_rank=world.rank, dp_size=world.size, micro_batch=evaluation_micro_batch)
+        ),
+        answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
+        save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), progress=progress,
+    )
+    _announce(run, engine, batch, table, length, progress)
+    try:
+        if progress.step == 0:
+            trainer.first_look()
+        elif progress.step >= length.steps:
+            say(f"The run already has its {length.steps} steps; evaluating its newest checkpoint.")
+            return trainer.evaluate()
+        return trainer.fit()
+    finally:
+        loader.close()
+        recorder.close()
+
+
+def _table(run: RunFile, which: str) -> RowTable:
+    data = run.data
+    return RowTable.build(Path(data.dir) / which, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
+
+
+def _nvme_path(run: RunFile, world: World) -> str | None:
+    """A folder of this run and host: DeepSpeed clears what it is given, so two runs must never share one."""
+    if run.engine.nvme_dir is None:
+        return None
+    return str(Path(run.engine.nvme_dir) / f"{run.run_path.absolute().name}-{attempt_key(run)}" / world.host)
+
+
+def attempt_key(run: RunFile) -> str:
+    """A short name for the run's own folder, so that equal names in different places do not meet."""
+    from harness.files import digest_text
+
+    return digest_text(str(run.run_path.absolute()))[:8]
+
+
+def _newest_checkpoint(run_dir: Path, table: RowTable) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that holds, as rank 0 sees it, on every rank."""
+    found, skipped = None, []
+    if distributed.rank() == 0:
+        found, skipped = commit.newest_good(run_dir)
+    found, skipped = distributed.broadcast_object((found, skipped))
+    for reason in skipped:
+        say(f"Checkpoint passed over: {reason}")
+        if distributed.rank() == 0:
+            ledger.append(run_dir, "skip", reason=reason)
+    if found and found[1].data_fingerprint != table.fingerprint:
+        raise Refused(
+            f"The checkpoint {found[0].name} was trained on other rows than those in the data folder now.",
+            where=f"{found[0]} and {table.folder}", remedy="Restore the data set, or start a new run in another run_dir.",
+        )
+    return found
+
+
+def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, device: torch.device, found: Any) -> Any:
+    from harness.engine.zero import ZeroEngine
+
+    started = time.perf_counter()
+    engine = ZeroEngine(run, config, ds_config, device=device, weights=None if found else run.model.path)
+    say(f"Model and optimizer built in {time.perf_counter() - started:.1f} s.")
+    return engine
+
+
+def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> Progress:
+    if found is None:
+        return Progress()
+    folder, manifest = found
+    reader = read.SliceReader(folder, manifest)
+    engine.load_slices(reader.read, step=manifest.adam_step)
+    progress = Progress.from_state(manifest.state)
+    say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
+    if distributed.rank() == 0:
+        ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)
+    return progress
+
+
+def _asked(run_dir: Path, what: str) -> bool:
+    request = run_dir / "control" / what
+    if distributed.rank() == 0 and request.exists():
+        request.unlink(missing_ok=True)
+        return True
+    return False
+
+
+def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable, length: Length, progress: Progress) -> None:
+    from harness.model.build import num_parameters
+
+    say(f"{num_parameters(engine.model):,} parameters, {run.engine.deepspeed}, {run.train.precision}; {batch.text()}")
+    say(f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled; steps {progress.step} to {length.steps}")
+
+
+class Saver:
+    """Commits checkpoints and keeps the ones that are to be kept."""
+
+    def __init__(self, run: RunFile, engine: Any, attempt: Attempt, data_fingerprint: str, world: World, recorder: Recorder, ds_config: dict[str, Any]):
+        self.run, self.engine, self.attempt, self.world, self.recorder = run, engine, attempt, world, recorder
+        self.data_fingerprint, self.ds_config = data_fingerprint, ds_config
+
+    def save(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Write `progress.step` as a checkpoint on all ranks."""
+        started = time.perf_counter()
+        fields = {
+            "step": progress.step,
+            "rows_consumed": progress.rows,
+            "data_fingerprint": self.data_fingerprint,
+            "run_file": self.run.model_dump(mode="json"),
+            "engine": "zero",
+            "zero_stage": self.engine.stage,
+            "offload": {what: offload_device(self.ds_config, what) for what in ("optimizer", "param")},
+            "parameters": self.engine.parameters(),
+            "tied": self.engine.tied(),
+            "groups": [{k: v for k, v in g.items() if k != "params" and isinstance(v, int | float | bool | list | tuple)} for g in self.engine.param_groups],
+            "metrics": metrics,
+            "state": progress.state(),
+        }
+        folder = commit.save(self.engine.named_slices(), run_dir=self.run.run_path, fields=fields, attempt=self.attempt.number, world=self.world)
+        seconds = time.perf_counter() - started
+        if self.world.is_main:
+            best = progress.best_step if self.run.checkpoint.keep_best else None
+            commit.retain(self.run.run_path, keep_last=self.run.checkpoint.keep_last, best_step=best)
+            ledger.append(self.run.run_path, "save", step=progress.step, checkpoint=folder.name, seconds=round(seconds, 3))
+        self.recorder.extra(progress.step, {"checkpoint/save_seconds": seconds})
+        say(f"step {progress.step}: saved {folder.name} in {seconds:.1f} s")

@@ -1,0 +1,193 @@
+"""The training loop: a page that reads aloud, and the small steps that it is made of."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.config.schema import RunFile
+from harness.errors import StopRequested
+from harness.log import say
+from harness.resilience.agreement import Agreement
+from harness.resilience.signals import StopFlag
+from harness.train.evaluate import Evaluation
+from harness.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from harness.data.loader import GlobalBatch, TrainLoader
+    from harness.engine.steps import StepResult
+    from harness.engine.zero import ZeroEngine
+    from harness.telemetry.recorder import Recorder
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        rows: rows consumed: the cursor.
+        trained_tokens: trained tokens so far.
+        best_loss: lowest evaluation loss so far.
+        best_step: its step.
+        bad_evaluations: evaluations since the best.
+    """
+
+    step: int = 0
+    rows: int = 0
+    trained_tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    bad_evaluations: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {key: (None if value == math.inf else value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """From JSON."""
+        return cls(**{**state, "best_loss": math.inf if state["best_loss"] is None else state["best_loss"]})
+
+
+@dataclass
+class OpenStep:
+    """A step whose sums are still on their way between the ranks."""
+
+    step: int
+    rows: int
+    result: StepResult
+    lr: float
+    seconds: float
+    data_wait_seconds: float
+    positions: int
+
+
+@dataclass
+class Trainer:
+    """What the loop uses, built and handed over by the composition root."""
+
+    run: RunFile
+    engine: ZeroEngine
+    loader: TrainLoader
+    schedule: Schedule
+    total_steps: int
+    rows_per_epoch: int
+    agreement: Agreement
+    stop: StopFlag
+    recorder: Recorder
+    evaluate: Callable[[], Evaluation]
+    answer: Callable[[], list[tuple[str, str]]]
+    save: Callable[[Progress, dict[str, float]], None]
+    save_requested: Callable[[], bool]
+    progress: Progress
+
+    def fit(self) -> Evaluation:
+        """Train to the end.
+
+        Returns:
+            the evaluation of the last step.
+
+        Raises:
+            StopRequested: after a save, when a rank was asked to stop.
+        """
+        last = None
+        clock = time.perf_counter()
+        for batch in self.loader:
+            lr = self.schedule.lr(self.progress.step + 1)
+            result = self.engine.train_step(batch, step=self.progress.step + 1, lr=lr)
+            asked = self._settle()
+            self._advance(batch, result)
+            now = time.perf_counter()
+            self._open(batch, result, lr=lr, seconds=now - clock)
+            at_end = self.progress.step >= self.total_steps
+            if self._due(self.run.evaluation.every_steps) or at_end:
+                asked |= self._settle()
+                last = self._evaluate()
+            out_of_patience = self._out_of_patience()
+            if asked or at_end or out_of_patience or self._due(self.run.checkpoint.every_steps) or self._is_new_best(last):
+                asked |= self._settle()
+                self.save(self.progress, last.metrics() if last and self._evaluated_now else {})
+            if "stop" in asked:
+                raise StopRequested(f"Stopped on request after step {self.progress.step}; start the same command again to go on.")
+            if at_end or out_of_patience:
+                break
+            clock = time.perf_counter() if self._evaluated_now else now
+        assert last is not None, "a run has at least one step"
+        return last
+
+    def first_look(self) -> None:
+        """Evaluate before the first step; it sets no record, for there is nothing to save."""
+        self._record(self.evaluate())
+
+    @property
+    def _evaluated_now(self) -> bool:
+        return self._evaluated_at == self.progress.step
+
+    _evaluated_at: int = -1
+    _pending: OpenStep | None = None
+
+    def _advance(self, batch: GlobalBatch, result: StepResult) -> None:
+        self.progress.step += 1
+        self.progress.rows += batch.rows
+        self.progress.trained_tokens += result.trained_tokens
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _is_new_best(self, last: Evaluation | None) -> bool:
+        return self.run.checkpoint.keep_best and last is not None and self._evaluated_now and self.progress.best_step == self.progress.step
+
+    def _out_of_patience(self) -> bool:
+        patience = self.run.evaluation.patience
+        return patience is not None and self._evaluated_now and self.progress.bad_evaluations >= patience
+
+    def _open(self, batch: GlobalBatch, result: StepResult, *, lr: float, seconds: float) -> None:
+        """Offer this step's sums to the other ranks."""
+        self.agreement.offer(result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested())
+        positions = batch.rows * self.run.data.sequence_length
+        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions)
+
+    def _settle(self) -> set[str]:
+        """Collect the sums of the step before, record it, and say what the ranks agreed to do."""
+        agreed, step = self.agreement.collect(), self._pending
+        self._pending = None
+        if agreed is None or step is None:
+            return set()
+        metrics = {
+            "train/loss": agreed.loss_sum / max(step.result.trained_tokens, 1),
+            "train/tokens": step.result.trained_tokens,
+            "train/epoch": step.rows / self.rows_per_epoch,
+            "optim/lr": step.lr,
+            "optim/grad_norm": step.result.grad_norm,
+            "optim/skipped": 0 if step.result.applied else 1,
+            "speed/step_seconds": step.seconds,
+            "speed/tokens_per_second": step.positions / max(step.seconds, 1e-9),
+            "speed/data_wait_seconds": step.data_wait_seconds,
+        }
+        if agreed.aux_loss:
+            metrics["train/aux_loss"] = agreed.aux_loss
+        self.recorder.step(step.step, metrics, rows=step.rows)
+        return {name for name in ("stop", "save") if getattr(agreed, name)}
+
+    def _evaluate(self) -> Evaluation:
+        """Evaluate, answer the fixed prompts, and keep count of the best."""
+        evaluation, step = self.evaluate(), self.progress.step
+        self._evaluated_at = step
+        self._record(evaluation)
+        if evaluation.loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step, self.progress.bad_evaluations = evaluation.loss, step, 0
+        else:
+            self.progress.bad_evaluations += 1
+        return evaluation
+
+    def _record(self, evaluation: Evaluation) -> None:
+        step = self.progress.step
+        self.recorder.evaluation(step, evaluation.metrics(), rows=self.progress.rows)
+        say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+            f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        for prompt, answer in self.answer():
+            self.recorder.sample(step, prompt, answer)

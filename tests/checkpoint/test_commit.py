@@ -1,0 +1,218 @@
+"""A checkpoint is real or it is not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from fabricate import SHAPES, fields, groups, save, state
+
+from harness.checkpoint import commit
+from harness.errors import Failure
+from harness.files import digest_file
+from harness.formats.manifest import FILE_NAME, ManifestError, coverage_problems, read_manifest
+from harness.world import World
+
+
+def _newest_step(run_dir: Path) -> int | None:
+    found, _ = commit.newest_good(run_dir)
+    return found[1].step if found else None
+
+
+def _first_file(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_saved_checkpoint_holds_and_says_where_the_run_stood(tmp_path):
+    folder = save(tmp_path, 400)
+    manifest, problems = commit.inspect(folder)
+    assert problems == [] and folder.name == "step-000400"
+    assert (manifest.step, manifest.rows_consumed, manifest.adam_step, manifest.world_size) == (400, 3200, 9, 1)
+    assert manifest.parameters["wte.weight"].shape == (7, 5)
+    assert {entry.digest for entry in manifest.files} == {digest_file(folder / entry.file) for entry in manifest.files}
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000400\n"
+    assert "torch" in manifest.versions and "deepspeed" in manifest.versions
+
+
+def test_numbers_that_are_not_finite_survive(tmp_path):
+    said = fields(
+        10, metrics={"eval/loss": float("inf"), "eval/perplexity": float("nan")}, state={"best_loss": float("inf")}
+    )
+    folder = commit.save(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
+    manifest, problems = commit.inspect(folder)
+    assert problems == [] and manifest.metrics["eval/loss"] == manifest.state["best_loss"] == float("inf")
+    assert manifest.metrics["eval/perplexity"] != manifest.metrics["eval/perplexity"]
+
+
+def test_no_checkpoints_is_no_error(tmp_path):
+    assert commit.newest_good(tmp_path) == (None, [])
+    assert not commit.has_damaged(tmp_path)
+
+
+def _truncate(folder):
+    path = _first_file(folder)
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def _flip_bit(folder):
+    path = _first_file(folder)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def _flip_manifest(folder):
+    path = folder / FILE_NAME
+    path.write_text(path.read_text().replace('"rows_consumed": 160', '"rows_consumed": 161'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_truncate, "bytes instead of"),
+        (_flip_bit, "was changed since"),
+        (lambda folder: _first_file(folder).unlink(), "is missing"),
+        (lambda folder: (folder / FILE_NAME).unlink(), "manifest.json is missing"),
+        (lambda folder: os.truncate(folder / FILE_NAME, 30), "cannot be read"),
+        (_flip_manifest, "manifest.json was changed"),
+    ],
+)
+def test_damage_falls_back_to_the_one_before_and_keeps_the_evidence(tmp_path, damage, reason):
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
+    damage(newest)
+    found, skipped = commit.newest_good(tmp_path)
+    assert found[1].step == 10
+    assert len(skipped) == 1 and reason in skipped[0] and "step-000020" in skipped[0]
+    assert newest.with_name("step-000020.damaged").is_dir() and not newest.exists()
+    assert commit.has_damaged(tmp_path)
+
+
+def test_looking_without_setting_aside_changes_nothing(tmp_path):
+    newest = save(tmp_path, 20)
+    _flip_bit(newest)
+    found, skipped = commit.newest_good(tmp_path, set_aside=False)
+    assert found is None and len(skipped) == 1 and newest.is_dir()
+
+
+def test_the_same_step_damaged_twice_keeps_both(tmp_path):
+    for _ in range(2):
+        _flip_bit(save(tmp_path, 20))
+        commit.newest_good(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*.damaged*")} == {
+        "step-000020.damaged",
+        "step-000020.damaged-2",
+    }
+
+
+class Killed(BaseException):
+    """What kill -9 looks like from inside: nothing after it runs."""
+
+
+def test_killed_while_writing_leaves_the_one_before(tmp_path):
+    save(tmp_path, 10)
+
+    def dying():
+        yield next(groups(state(), rank=0, ranks=1))
+        raise Killed
+
+    with pytest.raises(Killed):
+        commit.save(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
+    found, skipped = commit.newest_good(tmp_path)
+    assert found[1].step == 10 and skipped == ["step-000020.tmp-3 was not finished"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010\n"
+
+
+def test_killed_before_the_rename_leaves_the_one_before(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    monkeypatch.setattr(commit.os, "rename", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        save(tmp_path, 20)
+    monkeypatch.undo()
+    assert _newest_step(tmp_path) == 10
+
+
+def test_killed_between_rename_and_marker_counts_as_saved(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    monkeypatch.setattr(commit, "write_text", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        save(tmp_path, 20)
+    assert _newest_step(tmp_path) == 20
+
+
+def test_killed_between_the_two_renames_of_a_second_save_loses_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    rename = os.rename
+
+    def one_rename(source, target):
+        rename(source, target)
+        raise Killed
+
+    monkeypatch.setattr(commit.os, "rename", one_rename)
+    with pytest.raises(Killed):
+        save(tmp_path, 10, tensors=state(seed=5))
+    monkeypatch.undo()
+    assert _newest_step(tmp_path) == 10
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    before = {entry.digest for entry in commit.inspect(save(tmp_path, 10))[0].files}
+    after = {entry.digest for entry in commit.inspect(save(tmp_path, 10, tensors=state(seed=5)))[0].files}
+    assert before != after and len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
+
+
+def test_failure_to_write_is_reported_and_leaves_nothing(tmp_path):
+    save(tmp_path, 10)
+
+    def full():
+        yield next(groups(state(), rank=0, ranks=1))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Failure, match="rank 0: OSError.*No space left"):
+        commit.save(full(), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000010"]
+
+
+def test_a_parameter_that_is_not_stored_whole_is_not_committed(tmp_path):
+    with pytest.raises(Failure, match="wte.weight is stored up to element 18 of 35"):
+        commit.save(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+    assert _newest_step(tmp_path) is None
+
+
+def test_overlaps_and_unknown_names_are_problems(tmp_path):
+    manifest, _ = commit.inspect(save(tmp_path, 10))
+    assert any("stored twice" in text for text in coverage_problems(manifest.parameters, manifest.files * 2))
+    fewer = {name: entry for name, entry in manifest.parameters.items() if name != "h.bias"}
+    assert any("unknown parameter h.bias" in text for text in coverage_problems(fewer, manifest.files))
+
+
+def test_a_later_version_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.formats.manifest.VERSION", 0)
+    folder = save(tmp_path, 10)
+    with pytest.raises(ManifestError, match="version 1, this harness reads up to 0"):
+        read_manifest(folder)
+
+
+def test_retention_keeps_the_newest_and_the_best_and_clears_leftovers(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-000045.tmp-1").mkdir()
+    damaged = tmp_path / "checkpoints" / "step-000044.damaged"
+    damaged.mkdir()
+    gone = commit.retain(tmp_path, keep_last=2, best_step=20)
+    assert [step for step, _ in commit.committed(tmp_path)] == [50, 40, 20]
+    assert [path.name for path in gone] == ["step-000030", "step-000010"]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest", "step-000050", "step-000040", "step-000020", damaged.name}
+
+
+def test_steps_beyond_six_digits_stay_in_order(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert _newest_step(tmp_path) == 1_000_000
+
+
+def test_manifest_is_readable_by_eye_and_without_torch(tmp_path):
+    text = (save(tmp_path, 10) / FILE_NAME).read_text()
+    assert text.startswith('{\n"digest": "') and all(name in text for name in SHAPES)
