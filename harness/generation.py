@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from harness.engine.zero import ZeroEngine
 
 TEMPLATE_FILE = "harness.json"
+
+
+def write_description(folder: Path, config: Any, tokenizer: Any, template: Template) -> None:
+    """Write all that an export needs besides weights: configuration, tokenizer, template."""
+    described = copy.deepcopy(config)
+    described.use_cache = True
+    described.eos_token_id, described.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    described.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
 
 
 def answer_prompts(engine: ZeroEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int) -> list[tuple[str, str]]:

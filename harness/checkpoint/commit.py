@@ -8,7 +8,8 @@ import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,15 +140,7 @@ def _commit(
 
 
 def _versions() -> dict[str, str]:
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in map(_distribution, _LIBRARIES) if dist}
-    return {"python": platform.python_version(), **installed}
-
-
-def _distribution(name: str) -> metadata.Distribution | None:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES if find_spec(name)}}
 
 
 def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
@@ -208,7 +201,7 @@ def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, M
 
 
 def has_damaged(run_dir: Path) -> bool:
-    """Whether checkpoints of this run were found damaged, now or before: without a good one a start would begin anew."""
+    """Whether checkpoints were found damaged, now or before: without a good one, a start would begin anew unasked."""
     folder = checkpoints_folder(run_dir)
     return folder.is_dir() and any(folder.glob("step-*.damaged*"))
 

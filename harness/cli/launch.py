@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from harness.config import rules
 from harness.config.load import load
 from harness.errors import EXIT_DONE
 
@@ -14,6 +15,8 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.launch import local
 
     loaded = load(arguments.run_file, arguments.overrides)
+    gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
+    rules.check(loaded, ranks=loaded.run.launch.ranks or max(1, gpus), has_gpu=gpus > 0)
     plan = local.plan(loaded, run_file=arguments.run_file, overrides=arguments.overrides)
     if arguments.print_only:
         print(shlex.join(plan.command))

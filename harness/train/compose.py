@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import distributed
+from harness import distributed, log
 from harness.checkpoint import commit, read
 from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge, offload_device
@@ -19,8 +19,9 @@ from harness.data.rows import RowTable
 from harness.data.template import Template
 from harness.errors import Refused
 from harness.formats import ledger
-from harness.generation import answer_prompts
+from harness.generation import answer_prompts, write_description
 from harness.log import say
+from harness.model.configure import load_config, load_tokenizer
 from harness.resilience.agreement import Agreement
 from harness.resilience.signals import StopFlag
 from harness.telemetry.recorder import Recorder
@@ -67,36 +68,43 @@ def build_schedule(run: RunFile, *, steps: int, rows_per_epoch: int, batch_rows:
     return Schedule(settings.schedule, settings.lr, steps, warmup, decay, settings.min_lr_share)
 
 
-def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt, config: Any, tokenizer: Any) -> Evaluation:
+def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | None) -> Evaluation:
     """Run one attempt of training on this rank.
 
     Args:
         loaded: the run file, already checked.
         world: this rank's place.
         use_gpu: train on GPUs.
-        attempt: the folder of this attempt.
-        config: the model's transformers configuration.
-        tokenizer: the tokenizer of the data.
+        attempt: the folder of this attempt; None on all ranks but the first.
 
     Returns:
         the last evaluation.
     """
     run = loaded.run
     device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=run.engine.timeout_minutes)
+    number = distributed.broadcast_object(attempt.number if attempt else 0)
+    attempt = attempt or Attempt.at(number, loaded)
+    log.setup(world, attempt.logs)
     stop = StopFlag()
     stop.install()
+    config = load_config(loaded)
+    tokenizer = load_tokenizer(str(Path(run.data.dir) / "tokenizer"), where="data.dir", trust_code=run.model.trust_code)
+    template = Template.from_run(run, tokenizer)
+    if world.is_main:
+        write_description(run.run_path / "model", config, tokenizer, template)
+        ledger.append(run.run_path, "start", attempt=number, ranks=world.size, host=world.host)
     batch = batch_equation(loaded, world.size)
     table = _table(run, "train")
     validation = _table(run, "validation")
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
-    attempt.write_deepspeed(ds_config)
+    if world.is_main:
+        attempt.write_deepspeed(ds_config)
     found = _newest_checkpoint(run.run_path, table)
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     progress = _resume(engine, found, run)
     length = run_length(run, rows_per_epoch=table.num_rows, batch_rows=batch.rows, done=progress)
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
-    template = Template.from_run(run, tokenizer)
     loader = TrainLoader(
         table, seed=run.train.seed, dp_rank=world.rank, dp_size=world.size, micro_batch=batch.micro_batch, global_rows=batch.rows,
         start=progress.rows, total_rows=length.total_rows,
@@ -115,7 +123,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt, conf
     )
     _announce(run, engine, batch, table, length, progress)
     try:
-        if progress.step == 0:
+        if progress.step == 0 and run.evaluation.at_start:
             trainer.first_look()
         elif progress.step >= length.steps:
             say(f"The run already has its {length.steps} steps; evaluating its newest checkpoint.")
@@ -155,6 +163,11 @@ def _newest_checkpoint(run_dir: Path, table: RowTable) -> tuple[Path, Manifest] 
         say(f"Checkpoint passed over: {reason}")
         if distributed.rank() == 0:
             ledger.append(run_dir, "skip", reason=reason)
+    if found is None and commit.has_damaged(run_dir):
+        raise Refused(
+            "Every checkpoint of this run is damaged; training would begin anew.", where=str(run_dir / "checkpoints"),
+            remedy="Mend one of them, or start a new run in another run_dir.",
+        )
     if found and found[1].data_fingerprint != table.fingerprint:
         raise Refused(
             f"The checkpoint {found[0].name} was trained on other rows than those in the data folder now.",
