@@ -1,0 +1,140 @@
+"""The whole chain through the real launcher: train, kill, resume, export, answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from harness.formats import ledger
+from harness.formats.outcome import read_outcome
+from harness.telemetry.read import read_metrics
+from tests.end_to_end.conftest import QUESTIONS, harness
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line}
+
+
+def evaluations(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["eval/loss"] for line in read_metrics(run_dir) if "eval/loss" in line}
+
+
+def reference_loss(folder: Path, run_file: Path) -> float:
+    """The evaluation loss of an export in plain transformers, document by document."""
+    import datasets
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total, tokens = 0.0, 0
+    for document in datasets.load_from_disk(str(run_file.parent / "data" / "validation")):
+        ids = torch.tensor([document["input_ids"]])
+        labels = torch.full_like(ids, -100)
+        for start, stop in zip(document["trained_starts"], document["trained_stops"], strict=True):
+            labels[0, max(start, 1) : stop] = ids[0, max(start, 1) : stop]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum").item()
+        tokens += int((labels[0, 1:] != -100).sum())
+    return total / tokens
+
+
+def test_learned_by_heart(run_file, tmp_path):
+    """Sixteen pairs, trained to a loss near zero, come back word for word and stop by themselves."""
+    done = harness("launch", run_file, "train.steps=160", "evaluation.every_steps=80", "model.dropout=0", "checkpoint.every_steps=null",
+                   "train.activation_checkpointing=0", "engine.deepspeed=zero1", timeout=400)
+    assert done.code == 0, done.output
+    run_dir = tmp_path / "run"
+    assert losses(run_dir)[160] < 0.05
+    assert harness("export", run_dir, "--to", tmp_path / "folder").code == 0
+    prompts = [word for question, _ in QUESTIONS for word in ("--prompt", question)]
+    answers = harness("generate", tmp_path / "folder", *prompts, "--max-new-tokens", 60)
+    assert answers.code == 0, answers.output
+    for question, answer in QUESTIONS:
+        assert f"> {question}\n{answer}\n" in answers.output
+    assert reference_loss(tmp_path / "folder", run_file) == pytest.approx(evaluations(run_dir)[160], rel=1e-5)
+
+
+def _kill_after(run_file: Path, run_dir: Path, step: int, number: int, *overrides: str) -> int:
+    """Start a run and send every rank a signal once `step` has been recorded; returns the launcher's code."""
+    child = subprocess.Popen([sys.executable, "-m", "harness", "launch", str(run_file), *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while step not in losses(run_dir) and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.05)
+    if number == signal.SIGKILL:
+        for process in psutil.Process(child.pid).children(recursive=True):
+            if "harness" in (words := process.cmdline()) and "deepspeed.launcher.launch" not in words:
+                process.kill()
+    else:
+        child.send_signal(number)
+    return child.wait(timeout=120)
+
+
+RESUMES = ["zero2", "zero3_offload_cpu", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("zero3_offload_nvme", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_killed_and_resumed_is_the_undisturbed_run(run_file, tmp_path, name):
+    """kill -9 after an evaluation, resumed across the end of an epoch, with dropout on: the same losses bit for bit."""
+    words = [f"engine.deepspeed={name}", f"engine.nvme_dir={tmp_path / 'nvme'}", "train.steps=16", "evaluation.every_steps=6", "checkpoint.every_steps=4",
+             "checkpoint.keep_last=9", "checkpoint.keep_best=false"]
+    whole = harness("launch", run_file, *words, f"run_dir={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.output
+    code = _kill_after(run_file, tmp_path / "run", 7, signal.SIGKILL, *words)
+    assert code not in (0, 2), "a killed rank is a failure"
+    again = harness("launch", run_file, *words)
+    assert again.code == 0, again.output
+    assert "Resuming from step-000004" in again.output or "Resuming from step-000008" in again.output or "Resuming from step-000012" in again.output
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == expected and len(expected) == 16
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+
+
+def test_stop_request_saves_and_says_resume_me(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    code = _kill_after(run_file, run_dir, 2, signal.SIGTERM, "train.steps=400", "checkpoint.every_steps=null", "evaluation.every_steps=null")
+    outcome = read_outcome(run_dir)
+    assert (code, outcome.code, outcome.state) == (75, 75, "stopped"), outcome
+    saved = [event["step"] for event in ledger.read(run_dir) if event["kind"] == "save"]
+    assert saved and saved[-1] >= 2
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(run_file) in (p.info["cmdline"] or [])], "no rank is left"
+    done = harness("launch", run_file, f"train.steps={saved[-1] + 2}", "evaluation.every_steps=null")
+    assert done.code == 0 and f"Resuming from step-{saved[-1]:06d}" in done.output, done.output
+
+
+CHANGES = [("zero3", 2, "zero1", 1), ("zero3_offload_nvme", 2, "zero3", 2), ("zero2", 2, "zero3_offload_nvme", 2), ("zero1_offload_cpu", 1, "zero3", 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, ranks_before, after, ranks_after", CHANGES)
+def test_another_topology_goes_on(run_file, tmp_path, before, ranks_before, after, ranks_after):
+    common = [f"engine.nvme_dir={tmp_path / 'nvme'}", "model.dropout=0", "train.steps=8", "data.packing=none"]
+    whole = harness("launch", run_file, *common, f"engine.deepspeed={before}", f"launch.ranks={ranks_before}", f"run_dir={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.output
+    first = harness("launch", run_file, *common, "train.steps=4", f"engine.deepspeed={before}", f"launch.ranks={ranks_before}")
+    assert first.code == 0, first.output
+    second = harness("launch", run_file, *common, f"engine.deepspeed={after}", f"launch.ranks={ranks_after}")
+    assert second.code == 0 and "Resuming from step-000004" in second.output, second.output
+    expected, got = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero1_offload_cpu", "zero3_offload_cpu", "zero3_offload_nvme"])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_every_export_gives_the_reported_loss(run_file, tmp_path, name, precision, tolerance):
+    done = harness("launch", run_file, f"engine.deepspeed={name}", f"train.precision={precision}", f"engine.nvme_dir={tmp_path / 'nvme'}")
+    assert done.code == 0, done.output
+    exported = harness("export", tmp_path / "run", "--to", tmp_path / "folder")
+    assert exported.code == 0, exported.output
+    loss = reference_loss(tmp_path / "folder", run_file)
+    assert loss == pytest.approx(evaluations(tmp_path / "run")[8], rel=tolerance)
+
+
