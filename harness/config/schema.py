@@ -72,7 +72,7 @@ class Bpe(Section):
 class Data(Section):
     """What to train on: raw sources, their shape, and the folder of shards made from them."""
 
-    dir: str = fixed(description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
+    dir: str = free(description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
     train: Source = fixed(description="Source of the training examples.")
     validation: Source | None = fixed(None, description="Source of the validation examples; by default a share of `train`.")
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = fixed(

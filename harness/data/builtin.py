@@ -44,30 +44,28 @@ def cut_at_paragraphs(text: str, longest: int) -> list[str]:
 def python_questions() -> list[tuple[str, str]]:
     """("What does `shutil.copytree` do?", first paragraph of its docstring) for the public functions and classes of the library."""
     pairs: dict[str, str] = {}
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith("_") or name in SKIPPED:
-            continue
-        for module in _modules(name):
-            for member, value in sorted(vars(module).items(), key=lambda item: item[0]):
-                _ask(pairs, module.__name__, member, value)
+    with warnings.catch_warnings():  # some modules and members warn that they are deprecated
+        warnings.simplefilter("ignore")
+        for name in sorted(sys.stdlib_module_names):
+            if name.startswith("_") or name in SKIPPED:
+                continue
+            for module in _modules(name):
+                for member, value in sorted(vars(module).items(), key=lambda item: item[0]):
+                    _ask(pairs, module.__name__, member, value)
     return sorted(pairs.items())
 
 
 def _modules(name: str) -> list[object]:
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            module = importlib.import_module(name)
-        except Exception:  # a module of another platform
-            return []
-        found.append(module)
-        for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
-            if not info.name.startswith("_") and info.name not in SKIPPED | {"tests", "windows_utils", "windows_events"}:
-                try:
-                    found.append(importlib.import_module(f"{name}.{info.name}"))
-                except Exception:
-                    continue
+    try:
+        found = [importlib.import_module(name)]
+    except Exception:  # a module of another platform
+        return []
+    for info in pkgutil.iter_modules(getattr(found[0], "__path__", [])):
+        if not info.name.startswith("_") and info.name not in SKIPPED | {"tests", "windows_utils", "windows_events"}:
+            try:
+                found.append(importlib.import_module(f"{name}.{info.name}"))
+            except Exception:
+                continue
     return found
 
 

@@ -1,0 +1,125 @@
+"""Order, packing and loading: every row once, the same for every cut of the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.data.loader import UNTRAINED, TokenReader, TrainLoader, eval_batches
+from harness.data.order import row_ids
+from harness.data.rows import RowTable, best_fit, cut, trained_in_pieces
+
+
+@given(num_rows=st.integers(1, 3000), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 50))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_is_a_permutation(num_rows, seed, epoch):
+    rows = row_ids(epoch * num_rows, num_rows, num_rows=num_rows, seed=seed)
+    assert np.array_equal(np.sort(rows), np.arange(num_rows))
+
+
+@given(num_rows=st.integers(2, 500), seed=st.integers(0, 1000), start=st.integers(0, 2000), count=st.integers(1, 300), split=st.integers(0, 300))
+@settings(max_examples=60, deadline=None)
+def test_any_cursor_continues_the_same_sequence(num_rows, seed, start, count, split):
+    split = min(split, count)
+    whole = row_ids(start, count, num_rows=num_rows, seed=seed)
+    parts = [row_ids(start, split, num_rows=num_rows, seed=seed), row_ids(start + split, count - split, num_rows=num_rows, seed=seed)]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_epochs_and_seeds_differ():
+    one, two = (row_ids(first, 100, num_rows=100, seed=0) for first in (0, 100))
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one, row_ids(0, 100, num_rows=100, seed=1))
+
+
+def test_a_billion_rows_cost_nothing():
+    assert len(set(row_ids(10**9 - 5, 10, num_rows=10**9, seed=3).tolist())) == 10
+
+
+@given(sizes=st.lists(st.integers(1, 64), min_size=1, max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_packing_loses_nothing_and_never_overflows(sizes):
+    rows = best_fit(np.asarray(sizes), 64)
+    assert sorted(piece for row in rows for piece in row) == list(range(len(sizes)))
+    used = [sum(sizes[piece] for piece in row) for row in rows]
+    assert max(used) <= 64
+    assert len(rows) <= -(-sum(sizes) // 64) * 11 / 9 + 1, "best-fit decreasing stays within 11/9 of the optimum"
+
+
+@given(lengths=st.lists(st.integers(2, 200), min_size=1, max_size=30), length=st.integers(8, 64), how=st.sampled_from(["cut", "truncate", "drop"]))
+@settings(max_examples=60, deadline=None)
+def test_long_documents(lengths, length, how):
+    pieces, lost = cut(np.asarray(lengths), length, how)
+    kept = {n: (pieces[pieces[:, 0] == n, 2] - pieces[pieces[:, 0] == n, 1]).sum() for n in range(len(lengths))}
+    for number, size in enumerate(lengths):
+        expected = {"cut": size, "truncate": min(size, length), "drop": size if size <= length else 0}[how]
+        assert kept[number] == expected
+    assert (pieces[:, 2] - pieces[:, 1]).max(initial=0) <= length
+    assert lost.sum() == (0 if how == "cut" else sum(size > length for size in lengths))
+
+
+def test_the_first_token_of_a_piece_is_never_trained():
+    pieces = np.asarray([[0, 0, 8], [0, 8, 16], [1, 0, 4]])
+    spans = np.asarray([[0, 0, 3], [0, 6, 10], [1, 1, 4]])
+    assert trained_in_pieces(pieces, spans, 2).tolist() == [2 + 2, 1, 3]
+
+
+@pytest.fixture(scope="module", params=["none", "best_fit"])
+def table(request, prepared) -> RowTable:
+    return RowTable.build(prepared / "train", sequence_length=32, packing=request.param, long_documents="cut")
+
+
+def test_counts_from_the_index_are_what_the_batches_hold(table):
+    reader = TokenReader(table)
+    batch = reader.batch(np.arange(table.num_rows), first_row=0)
+    assert np.array_equal((batch.labels != UNTRAINED).sum(1), table.trained_tokens(np.arange(table.num_rows)))
+    assert (batch.labels[batch.position_ids == 0] == UNTRAINED).all()
+    trained = batch.labels != UNTRAINED
+    assert (batch.labels[trained] == batch.input_ids[trained]).all()
+    starts = batch.position_ids == 0
+    assert (np.cumsum(starts, axis=1) - 1 == batch.documents).all(), "positions restart where a piece begins"
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_every_cut_reads_the_same_global_batches(table, ranks, micro_batch):
+    def first_batches(rank: int, size: int, micro: int, start: int) -> list:
+        loader = TrainLoader(table, seed=5, dp_rank=rank, dp_size=size, micro_batch=micro, global_rows=8, start=start)
+        batches = [batch for batch, _ in zip(loader, range(4), strict=False)]
+        loader.close()
+        return batches
+
+    whole = first_batches(0, 1, 8, 3)
+    parts = [first_batches(rank, ranks, micro_batch, 3) for rank in range(ranks)]
+    for number, batch in enumerate(whole):
+        rows = {m.first_row: m for part in parts for m in part[number].micro_batches}
+        assert sorted(rows) == list(range(0, 8, micro_batch))
+        joined = np.concatenate([rows[first].input_ids for first in sorted(rows)])
+        assert np.array_equal(joined, batch.micro_batches[0].input_ids)
+        assert {part[number].trained_tokens for part in parts} == {batch.trained_tokens}
+        assert batch.trained_tokens == int((batch.micro_batches[0].labels != UNTRAINED).sum())
+
+
+def test_the_last_batch_is_filled_with_rows_without_trained_tokens(table):
+    loader = TrainLoader(table, seed=5, dp_rank=0, dp_size=1, micro_batch=8, global_rows=8, start=0, total_rows=11)
+    first, last = list(loader)
+    loader.close()
+    assert (first.rows, last.rows) == (8, 3)
+    assert (last.micro_batches[0].labels[3:] == UNTRAINED).all()
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(1, 1), (2, 3), (4, 2), (3, 7)])
+def test_evaluation_sees_every_row_once_with_equal_work(table, ranks, micro_batch):
+    batches = [list(eval_batches(table, dp_rank=rank, dp_size=ranks, micro_batch=micro_batch)) for rank in range(ranks)]
+    assert len({len(b) for b in batches}) == 1
+    trained = sum(int((b.labels != UNTRAINED).sum()) for part in batches for b in part)
+    assert trained == int(table.trained.sum())
+
+
+def test_a_loader_that_fails_says_so_where_it_is_used(table, monkeypatch):
+    monkeypatch.setattr(TrainLoader, "global_batch", lambda *_: 1 / 0)
+    loader = TrainLoader(table, seed=5, dp_rank=0, dp_size=1, micro_batch=8, global_rows=8)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+    loader.close()

@@ -1,0 +1,179 @@
+"""Preparation: what is trained, what is left out and counted, and bytes that do not depend on the processes."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from harness.data import builtin
+from harness.data import prepare as module
+from harness.data.prepare import fingerprint, prepare, prepared_index
+from harness.data.template import Template
+from harness.errors import Refused
+from harness.formats.index import read_index
+from tests.data.conftest import make_run, write_pairs
+
+
+def documents(folder, tokenizer, name="train"):
+    """(text, trained texts) of every document."""
+    for row in datasets.load_from_disk(str(folder / name)):
+        spans = zip(row["trained_starts"], row["trained_stops"], strict=True)
+        yield tokenizer.decode(row["input_ids"]), [tokenizer.decode(row["input_ids"][a:b]) for a, b in spans]
+
+
+def tokenizer_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def test_loss_only_on_completions_and_their_end(tmp_path):
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, shape="prompt_completion",
+                   template={"prompt": "Q: {prompt}\nA:", "completion": " {completion}"})
+    prepare(run, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    answers = {row["prompt"]: row["completion"] for row in rows}
+    found = [d for name in ("train", "validation") for d in documents(tmp_path / "data", tokenizer_of(tmp_path / "data"), name)]
+    assert len(found) == 60
+    for text, trained in found:
+        question, _, _ = text.removeprefix("Q: ").partition("\nA:")
+        assert trained == [f" {answers[question]}<|endoftext|>"]
+        assert text == f"Q: {question}\nA:{trained[0]}"
+
+
+def test_conversations_train_assistant_turns(tmp_path):
+    talks = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}!"},
+                           {"role": "user", "content": "Again"}, {"role": "assistant", "content": f"{n} again"}]} for n in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
+    run = make_run(tmp_path, train={"path": str(tmp_path / "t.jsonl")}, shape="messages")
+    prepare(run, progress=False)
+    for text, trained in documents(tmp_path / "data", tokenizer_of(tmp_path / "data")):
+        number = text.split("Say ")[1].split("\n")[0]
+        assert trained == [f" {number}!<|endoftext|>", f" {number} again<|endoftext|>"]
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+REWRITES = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '...' }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_a_chat_template_that_rewrites_trains_the_last_turn_only(prepared):
+    tokenizer = tokenizer_of(prepared)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    tokenizer.chat_template = CHAT
+    template = Template.for_messages(tokenizer)
+    assert [text for text, trained in template.segments(turns, tokenizer) if trained] == ["b</s>", "d</s>"]
+    tokenizer.chat_template = REWRITES
+    assert [text for text, trained in template.segments(turns, tokenizer) if trained] == ["d</s>"]
+
+
+def test_generation_sees_the_prompt_as_training_did(prepared):
+    tokenizer = tokenizer_of(prepared)
+    template = Template("prompt_completion", "t", "Q: {prompt}\nA:", " {completion}")
+    (text, _), _ = template.segments(("why", "so"), tokenizer)
+    assert template.prompt_ids("why", tokenizer) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert Template.from_dict(template.to_dict()) == template
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_bytes_do_not_depend_on_the_processes(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 2000)
+    source = write_pairs(tmp_path / "p.jsonl", 60)
+    digests = []
+    for number, workers in enumerate((1, processes)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run = make_run(folder, train={"path": str(source)}, shape="prompt_completion", num_processes=workers)
+        prepare(run, progress=False)
+        index = read_index(folder / "data" / "train")
+        digests.append((index.fingerprint, [(s.name, s.digest) for s in index.shards]))
+    assert digests[0] == digests[1] and len(digests[0][1]) > 2
+
+
+def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 2000)
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, shape="prompt_completion", num_processes=1)
+    made, real = [], module.make_shard
+
+    def interrupted(job):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job.name)
+        return real(job)
+
+    monkeypatch.setattr(module, "make_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(run, progress=False)
+    assert prepared_index(run) is None
+    kept = {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
+    monkeypatch.setattr(module, "make_shard", real)
+    prepare(run, progress=False)
+    assert prepared_index(run) is not None
+    assert kept == {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
+
+
+def test_the_same_question_never_stands_on_both_sides(tmp_path):
+    rows = [{"prompt": f"q {n % 20}", "completion": f"a {n}"} for n in range(100)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = make_run(tmp_path, train={"path": str(tmp_path / "p.jsonl")}, shape="prompt_completion", validation_share=0.3)
+    prepare(run, progress=False)
+    sides = [{text.split("\n")[0] for text, _ in documents(tmp_path / "data", tokenizer_of(tmp_path / "data"), name)} for name in ("train", "validation")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_overlap_duplicates_and_empty_rows_are_counted(tmp_path):
+    train = [{"prompt": f"q {n}", "completion": "a"} for n in range(20)] + [{"prompt": "q 0", "completion": "a"}, {"prompt": "", "completion": "a"}]
+    held = [{"prompt": "Q  3", "completion": "x"}, {"prompt": "new", "completion": "x"}]
+    for name, rows in (("t", train), ("v", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = make_run(tmp_path, train={"path": str(tmp_path / "t.jsonl")}, validation={"path": str(tmp_path / "v.jsonl")}, shape="prompt_completion")
+    facts = prepare(run, progress=False).facts()
+    assert facts["train"]["rows in"] == 22 and facts["train"]["documents"] == 21
+    assert facts["train"]["duplicates (kept)"] == 1
+    assert facts["train"]["dropped: a part is empty or missing"] == 1
+    assert facts["validation"]["dropped: its question is in the training set"] == 1 and facts["validation"]["documents"] == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "text"])
+def test_other_formats(tmp_path, kind):
+    rows = {"frage": [f"Wie geht {n}?" for n in range(30)], "antwort": [f"So, und {n} mal; »ja«" for n in range(30)]}
+    path = tmp_path / f"data.{'txt' if kind == 'text' else kind}"
+    table = datasets.Dataset.from_dict(rows)
+    if kind == "csv":
+        table.to_csv(path)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("\n\n".join(f"{q} {a} " * 40 for q, a in zip(rows["frage"], rows["antwort"], strict=True)))
+    shape = {"shape": "text"} if kind == "text" else {"shape": "prompt_completion", "columns": {"prompt": "frage", "completion": "antwort"}}
+    run = make_run(tmp_path, train={"path": str(path)}, **shape)
+    prepare(run, progress=False)
+    text = "".join(t for name in ("train", "validation") for t, _ in documents(tmp_path / "data", tokenizer_of(tmp_path / "data"), name))
+    assert all(answer in text for answer in rows["antwort"])
+
+
+def test_fingerprint_follows_what_changes_a_byte(tmp_path):
+    source = {"path": str(write_pairs(tmp_path / "p.jsonl", 30))}
+    base = fingerprint(make_run(tmp_path, train=source, shape="prompt_completion"))
+    assert base == fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", sequence_length=64, packing="none", num_processes=2))
+    assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", template={"prompt": "{prompt}!"}))
+    assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", validation_share=0.3))
+    write_pairs(tmp_path / "p.jsonl", 31)
+    assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion"))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path, prepared):
+    tokenizer = tokenizer_of(prepared)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "tok")
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 30))}, shape="prompt_completion", train_tokenizer=None, tokenizer=str(tmp_path / "tok"))
+    with pytest.raises(Refused, match="no end-of-text token"):
+        prepare(run, progress=False)
+
+
+def test_builtin_sources():
+    assert len(builtin.python_prose()) > 100
+    questions = dict(builtin.python_questions())
+    assert len(questions) > 3000
+    assert "What does `shutil.copytree` do?" in questions
