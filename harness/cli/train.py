@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 import traceback
 
 from harness import world as worlds
 from harness.config.load import Loaded, load
-from harness.errors import EXIT_DONE, EXIT_FAILURE, HarnessError
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, StopRequested
+from harness.log import say
 from harness.world import World
 
 PATIENCE_S = 30.0
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,11 +25,23 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.update(operators.environment())
     world = worlds.current()
     try:
-        return _train(load(arguments.run_file, arguments.overrides), world)
-    except HarnessError as error:
+        loaded = load(arguments.run_file, arguments.overrides)
+        if loaded.run.engine.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        return _train(loaded, world)
+    except StopRequested:
+        return EXIT_RESUME_ME  # said and saved by all ranks together
+    except HarnessError:
         if not world.is_main:
-            time.sleep(PATIENCE_S)  # rank 0 says the same; a launcher ends this rank as soon as rank 0 is gone
+            _wait_for_rank_0()
         raise
+
+
+def _wait_for_rank_0() -> None:
+    """Rank 0 says the same, and a launcher ends this rank as soon as rank 0 is gone; it speaks itself only if nobody does."""
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(PATIENCE_S)
 
 
 def _train(loaded: Loaded, world: World) -> int:
@@ -44,6 +59,8 @@ def _train(loaded: Loaded, world: World) -> int:
 
         evaluation = train(loaded, world, use_gpu=use_gpu, attempt=attempt)
     except HarnessError as error:
+        if isinstance(error, StopRequested):
+            say(str(error))
         _leave(loaded, world, attempt, state=error.state, code=error.exit_code, reason=str(error))
         raise
     except BaseException as error:

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import importlib.metadata
 import os
+import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import Failure
+from harness.launch import locks
 from harness.log import say
 from harness.units import format_seconds
 
-FOLDERS = {"ShareMemCommBuilder": "deepspeed_shm_comm", "CPUAdamBuilder": "cpu_adam", "AsyncIOBuilder": "async_io", "FusedAdamBuilder": "fused_adam"}
+FOLDERS = {  # of each builder, in the order in which it loads them
+    "ShareMemCommBuilder": ("deepspeed_shm_comm",),
+    "CPUAdamBuilder": ("cpu_adam",),
+    "AsyncIOBuilder": ("pin_memory", "async_io"),
+    "FusedAdamBuilder": ("fused_adam",),
+}
+HINTS = {
+    "AsyncIOBuilder": "It needs libaio's headers: install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora).",
+    "FusedAdamBuilder": "It needs the CUDA toolkit (nvcc) of the version that torch was built with, and CUDA_HOME naming it.",
+}
+PROGRESS_S = 15.0
 _BUILD = """
 import sys
 from deepspeed.accelerator import get_accelerator
-builder = get_accelerator().create_op_builder(sys.argv[1])
-builder.load(verbose=False)
+get_accelerator().create_op_builder(sys.argv[1]).load(verbose=False)
 """
 
 
 def folder() -> Path:
-    """Where this environment's operators are: TORCH_EXTENSIONS_DIR, or a folder of the environment, or the user's cache."""
+    """Where this environment's operators are: TORCH_EXTENSIONS_DIR, or a folder of the environment, or the user's cache.
+
+    The name holds what the code depends on: the versions, and the processor, for whose instructions it is compiled.
+    """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
-    name = f"torch-{_version('torch')}-deepspeed-{_version('deepspeed')}"
-    base = Path(sys.prefix) / "share" / "harness" / "operators"
-    if not os.access(sys.prefix, os.W_OK):
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "harness" / "operators" / Path(sys.prefix).name
-    return base / name
+    name = f"torch-{_version('torch')}-deepspeed-{_version('deepspeed')}-{_processor()}"
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "share" / "harness" / "operators" / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "harness" / "operators" / f"{name}-{_digest(sys.prefix)}"
 
 
 def _version(package: str) -> str:
@@ -43,14 +58,33 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def environment() -> dict[str, str]:
-    """What every rank's environment must hold: the operators' folder, this environment's programs first, threads, accelerator."""
+def _processor() -> str:
+    """The instruction set of this machine, as a short name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return f"{platform.machine()}-{_digest(flags)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def environment(*, ranks: int = 0) -> dict[str, str]:
+    """What every rank must find: the operators' folder, this environment's programs first, threads, the accelerator.
+
+    Args:
+        ranks: on this host, to share its cores among; 0 when unknown: then a rank has one thread.
+    """
     programs = str(Path(sys.prefix) / "bin")
     path = os.environ.get("PATH", "")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if ranks else 1
     values = {
         "TORCH_EXTENSIONS_DIR": str(folder()),
         "PATH": path if path.split(":")[0] == programs else f"{programs}:{path}",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }
     if num_gpus() == 0:
@@ -60,11 +94,18 @@ def environment() -> dict[str, str]:
 
 def num_gpus() -> int:
     """The NVIDIA GPUs that this process may use, counted without loading torch."""
-    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # DeepSpeed's launcher sets it on machines without a GPU, too
+    present = _present_gpus()
     if visible is None:
         return present
     return min(present, len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"]))
+
+
+def _present_gpus() -> int:
+    """GPUs of this host; a container may see the device files alone, or the driver's folder alone, or more of one."""
+    places = (("/dev", "nvidia[0-9]*"), ("/proc/driver/nvidia/gpus", "*"))
+    counts = [len(list(Path(place).glob(pattern))) for place, pattern in places]
+    return min((count for count in counts if count), default=0)
 
 
 def needed(*, optimizer_offload: str, nvme: bool, gpu: bool) -> list[str]:
@@ -93,61 +134,82 @@ def build(names: list[str], *, speak: bool) -> None:
     Raises:
         Failure: with the compiler's last words.
     """
-    missing = [name for name in names if not _built(name)]
-    if not missing:
+    tell = say if speak else _silent
+    if all(_built(name) for name in names):
         return
     folder().mkdir(parents=True, exist_ok=True)
-    with _locked(folder() / ".harness-build.lock", speak=speak):
-        for name in [name for name in missing if not _built(name)]:
-            stale = folder() / FOLDERS[name] / "lock"
-            stale.unlink(missing_ok=True)  # left by a killed build: whoever builds through us holds our lock
-            _build(name, speak=speak)
+    waiting = "Another process is building DeepSpeed's operators; waiting for it ..."
+    with locks.exclusive(folder() / ".building", notice=lambda: tell(waiting)) as held:
+        for name in names:
+            stale = [_clear(folder() / label / "lock", tell) for label in FOLDERS[name]]
+            if any(stale) or not _built(name):
+                _compile(name, held, tell)
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+def _clear(lock: Path, tell: Callable[[str], None]) -> bool:
+    name = lock.parent.name
+    stale = locks.clear(
+        lock, notice=lambda pids: tell(f"Waiting for process {pids[0]}, which builds or loads {name} ...")
+    )
+    if stale:
+        tell(f"Removed the lock that a killed build of {name} left behind.")
+    return stale
 
 
 def _built(name: str) -> bool:
-    place = folder() / FOLDERS[name]
-    return any(place.glob("*.so")) and not (place / "lock").exists()
+    places = [folder() / label for label in FOLDERS[name]]
+    return all(any(place.glob("*.so")) and not (place / "lock").exists() for place in places)
 
 
-@contextmanager
-def _locked(path: Path, *, speak: bool) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel releases when its holder dies."""
-    with open(path, "w") as stream:
+def _compile(name: str, held: int, tell: Callable[[str], None]) -> None:
+    """Build in a process that inherits our lock: it stays taken even if we are killed and the compiler is not."""
+    label, started = FOLDERS[name][-1], time.monotonic()
+    tell(f"Compiling DeepSpeed's operator {label} (once per environment; a minute or more) ...")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _BUILD, name],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment(),
+            pass_fds=(held,),
+            start_new_session=True,
+        )
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if speak:
-                say("Another process is building DeepSpeed's operators; waiting for it.")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            _watch(child, name, started, tell)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            for place in FOLDERS[name]:
+                (folder() / place / "lock").unlink(missing_ok=True)
+            raise
+        if child.returncode:
+            output.seek(0)
+            tail = "\n".join(output.read().strip().splitlines()[-15:])
+            raise Failure(
+                "\n".join(filter(None, (f"DeepSpeed's operator {label} could not be built:", tail, HINTS.get(name))))
+            )
+    tell(f"  {label} is ready after {format_seconds(time.monotonic() - started)}")
 
 
-def _build(name: str, *, speak: bool) -> None:
-    label, started = FOLDERS[name], time.monotonic()
-    if speak:
-        say(f"Compiling DeepSpeed's operator {label} (once per environment; a minute or so) ...")
-    child = subprocess.Popen(
-        [sys.executable, "-c", _BUILD, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment()
-    )
-    try:
-        output = _watch(child, label, started, speak=speak)
-    except BaseException:
-        child.kill()
-        child.wait()
-        (folder() / label / "lock").unlink(missing_ok=True)
-        raise
-    if child.returncode:
-        tail = "\n".join(output.strip().splitlines()[-15:])
-        hint = "\nasync_io needs libaio's headers: install libaio-dev (Debian) or libaio-devel." if "aio" in label else ""
-        raise Failure(f"DeepSpeed's operator {label} could not be built:\n{tail}{hint}")
-    if speak:
-        say(f"  {label} built in {format_seconds(time.monotonic() - started)}")
-
-
-def _watch(child: subprocess.Popen[str], label: str, started: float, *, speak: bool) -> str:
+def _watch(child: subprocess.Popen[bytes], name: str, started: float, tell: Callable[[str], None]) -> None:
     while True:
         try:
-            return child.communicate(timeout=30)[0]
+            child.wait(timeout=PROGRESS_S)
+            return
         except subprocess.TimeoutExpired:
-            if speak:
-                say(f"  still compiling {label}: {format_seconds(time.monotonic() - started)}")
+            tell(f"  still compiling {_progress(name)}: {format_seconds(time.monotonic() - started)}")
+
+
+def _progress(name: str) -> str:
+    """The folder that is being built and how many of its files are compiled, as far as ninja's own files tell."""
+    active = [folder() / label for label in FOLDERS[name] if (folder() / label / "build.ninja").exists()]
+    if not active:
+        return FOLDERS[name][0]
+    rules = (active[-1] / "build.ninja").read_text(encoding="utf-8").splitlines()
+    objects = sum(line.startswith("build ") and ".o:" in line for line in rules)
+    return f"{active[-1].name} ({len(list(active[-1].glob('*.o')))} of {objects} files)"

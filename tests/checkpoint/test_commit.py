@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fabricate import SHAPES, fields, groups, save, state
+from tests.checkpoint.fabricate import SHAPES, fields, groups, save, state
 
 from harness.checkpoint import commit
 from harness.errors import Failure

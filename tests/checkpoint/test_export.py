@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from fabricate import save_as_ranks
+from tests.checkpoint.fabricate import save_as_ranks
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fabricate import SHAPES, save_as_ranks, state
+from tests.checkpoint.fabricate import SHAPES, save_as_ranks, state
 
 from harness.checkpoint import commit, read
 from harness.errors import Failure

@@ -29,9 +29,9 @@ def harness(*words: object, timeout: float = 300, cwd: Path | None = None) -> Fi
 
 def deepspeed(*words: object, ranks: int = 2, timeout: float = 300, cwd: Path | None = None) -> Finished:
     """`deepspeed --module harness WORDS` on this machine."""
-    from harness.launch.local import _free_port
+    from harness.launch.local import free_port
 
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(_free_port()), "--no_local_rank"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), "--no_local_rank"]
     done = subprocess.run([*command, "--module", "harness", *map(str, words)], capture_output=True, text=True, timeout=timeout, cwd=cwd)
     return Finished(done.returncode, done.stdout + done.stderr)
 
