@@ -40,7 +40,7 @@ CASES = {
     "not an override": (lambda t: ["stop"], "is not an override"),
     "two models": (lambda t: ["model.path=gpt2"], "Exactly one of"),
     "no length": (lambda t: ["train.steps=null"], "Exactly one of"),
-    "batch that does not divide": (lambda t: ["train.global_batch_rows=5"], "does not divide"),
+    "batch that does not divide": (lambda t: ["train.global_batch_rows=5", "train.micro_batch=2"], "does not divide"),
     "key in both files": (lambda t: [f"engine.deepspeed={_file(t / 'ds.json', json.dumps({'gradient_clipping': 1}))}"], "the run file owns it"),
     "broken DeepSpeed file": (lambda t: [f"engine.deepspeed={_file(t / 'ds.json', '{')}"], "not valid JSON"),
     "absent DeepSpeed file": (lambda t: ["engine.deepspeed=zero4"], "no DeepSpeed configuration"),
