@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,10 @@ class Generator:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         if not (folder / "config.json").is_file():
             raise Refused(f"{folder} holds no model.", where=str(folder), remedy="Give a folder that `harness export` wrote.")
         device = "cuda" if torch.cuda.is_available() else "cpu"

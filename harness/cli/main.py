@@ -46,9 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand before, between and after the flags."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strangers = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and answer with its exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return importlib.import_module(f"harness.cli.{arguments.verb}").run(arguments)
     except HarnessError as error:

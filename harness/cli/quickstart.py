@@ -144,11 +144,11 @@ def _speed(loaded: Loaded) -> float:
 
 def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, folder: Path) -> None:
     """Evaluation loss and perplexity before and after, speed, and time by phase."""
-    results = Table("training", "loss before", "loss after", "perplexity before", "perplexity after", "tokens/s", title="What was learned", title_justify="left")
+    results = Table("training", "evaluation loss", "perplexity", "tokens/s", title="What was learned", title_justify="left")
     for name, loaded in (("from scratch on prose", pretrain), ("fine-tuned on questions", finetune)):
         first, *_, last = _evaluations(loaded)
         results.add_row(
-            name, f"{first['eval/loss']:.3f}", f"{last['eval/loss']:.3f}", f"{first['eval/perplexity']:.1f}", f"{last['eval/perplexity']:.1f}",
+            name, f"{first['eval/loss']:.3f} -> {last['eval/loss']:.3f}", f"{first['eval/perplexity']:,.1f} -> {last['eval/perplexity']:,.1f}",
             f"{_speed(loaded):,.0f}",
         )
     times = Table("phase", "time", title="Time by phase", title_justify="left")
@@ -158,7 +158,8 @@ def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, f
     console.print(results)
     console.print(times)
     console.print(f"TensorBoard:  tensorboard --logdir {folder}", highlight=False)
-    console.print(f"Try it:       harness generate {folder / 'finetuned'} --prompt 'What does `shutil.copytree` do?'", highlight=False)
+    console.print("Try it:       source .venv/bin/activate", highlight=False)
+    console.print(f"              harness generate {folder / 'finetuned'} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from harness import distributed
 from harness.config.deepspeed import offload_device, zero
 from harness.config.schema import RunFile
-from harness.engine import slices
+from harness.engine import loss_scale, slices
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, seed_micro_batch
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
@@ -53,6 +53,14 @@ class ZeroEngine:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, with the hyper-parameters in force."""
         return self.deepspeed.optimizer.param_groups
+
+    def loss_scale(self) -> dict[str, float]:
+        """State of dynamic loss scaling, for a checkpoint; empty unless the run is in fp16."""
+        return loss_scale.loss_scale_state(self.deepspeed)
+
+    def restore_loss_scale(self, state: dict[str, float]) -> None:
+        """Put back what `loss_scale` gave."""
+        loss_scale.restore_loss_scale(self.deepspeed, state)
 
     def train_step(self, batch: GlobalBatch, *, step: int, lr: float) -> StepResult:
         """Forward, backward and update for one global batch.

@@ -67,6 +67,9 @@ class Manifest(_Part):
     groups: list[dict[str, Any]] = Field(
         default_factory=list, description="Hyper-parameters of the optimizer's groups."
     )
+    loss_scale: dict[str, float] = Field(
+        default_factory=dict, description="State of dynamic loss scaling; empty unless the run is in fp16."
+    )
     metrics: dict[str, float] = Field(default_factory=dict)
     state: dict[str, Any] = Field(
         default_factory=dict, description="The progress of the run, the best evaluation among it."

@@ -84,6 +84,8 @@ def render(
         "--master_port",
         str(port),
         "--no_local_rank",
+        "--log_level",  # of its launchers alone: what a rank has to say, it says itself
+        "error",
         "--module",
         "harness",
         "train",

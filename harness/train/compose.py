@@ -191,6 +191,7 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> P
     folder, manifest = found
     reader = read.SliceReader(folder, manifest)
     engine.load_slices(reader.read, step=manifest.adam_step)
+    engine.restore_loss_scale(manifest.loss_scale)
     progress = Progress.from_state(manifest.state)
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
@@ -234,6 +235,7 @@ class Saver:
             "parameters": self.engine.parameters(),
             "tied": self.engine.tied(),
             "groups": [{k: v for k, v in g.items() if k != "params" and isinstance(v, int | float | bool | list | tuple)} for g in self.engine.param_groups],
+            "loss_scale": self.engine.loss_scale(),
             "metrics": metrics,
             "state": progress.state(),
         }

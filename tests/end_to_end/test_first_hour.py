@@ -1,0 +1,81 @@
+"""What a newcomer does with data of their own: plan, train with overrides alone, export, ask."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.formats.outcome import read_outcome
+from harness.telemetry.read import read_metrics
+from tests.end_to_end.conftest import QUESTIONS, harness
+
+RUNS = Path(__file__).resolve().parents[2] / "launch" / "runs"
+
+
+def test_plan_prints_the_merged_configuration_the_batch_and_the_memory(run_file):
+    planned = harness("plan", run_file, "train.global_batch_rows=8", "engine.deepspeed=zero3_offload_cpu")
+    assert planned.code == 0, planned.output
+    assert "8 rows = micro-batch 1 x accumulation 4 x 2 ranks" in " ".join(planned.output.replace("\u2502", " ").split())
+    merged = json.loads(planned.output[planned.output.index("{") : planned.output.rindex("}") + 1])
+    assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (1, 4)
+    assert merged["zero_optimization"]["stage"] == 3 and merged["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert merged["gradient_clipping"] == 1.0
+    assert not (run_file.parent / "run" / "attempts").exists(), "a plan starts nothing"
+
+
+def test_plan_refuses_what_train_would_refuse(run_file):
+    planned = harness("plan", run_file, "train.micro_batch=3")
+    assert planned.code == 2 and "does not divide" in planned.output, planned.output
+
+
+def test_launch_print_shows_the_command_and_starts_nothing(run_file):
+    shown = harness("launch", run_file, "--print", "train.steps=3")
+    assert shown.code == 0, shown.output
+    assert "--module harness train" in shown.output and shown.output.rstrip().endswith(f"{run_file} train.steps=3")
+    assert not (run_file.parent / "run").exists()
+
+
+def test_patience_ends_a_run_that_no_longer_learns(run_file, tmp_path):
+    done = harness("launch", run_file, "optimizer.lr=1e-30", "train.steps=200", "evaluation.every_steps=2", "evaluation.patience=2", "launch.ranks=1")
+    assert done.code == 0, done.output
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
+    assert steps == [0, 2, 4, 6], "the first evaluation with nothing better sets the record, two more end the run"
+    assert read_outcome(tmp_path / "run").state == "done"
+
+
+@pytest.fixture
+def model_folder(run_file, tmp_path) -> Path:
+    """A small GPT-2 with its tokenizer in a Hugging Face folder, as somebody may have it."""
+    done = harness("launch", run_file, "train.steps=2", "launch.ranks=1", f"run_dir={tmp_path / 'before'}")
+    assert done.code == 0, done.output
+    exported = harness("export", tmp_path / "before", "--to", tmp_path / "my-gpt")
+    assert exported.code == 0, exported.output
+    return tmp_path / "my-gpt"
+
+
+def test_a_strangers_data(model_folder, tmp_path):
+    """A CSV in columns of its own and a model folder, on a shipped run file with overrides alone, end in a folder that answers."""
+    table = tmp_path / "faq.csv"
+    with open(table, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["Nr", "Frage", "Antwort"])
+        writer.writerows([number, f"{question} F\u00fcr Gr\u00f6\u00dfe {number}?", f"{answer}, \"sagt\" man."] for number, (question, answer) in enumerate(QUESTIONS * 2))
+    words = [
+        f"run_dir={tmp_path / 'mine'}", f"data.dir={tmp_path / 'mine-data'}", f"data.train.path={table}", "data.validation=null", "data.validation_share=0.2",
+        "data.columns.prompt=Frage", "data.columns.completion=Antwort", "data.sequence_length=128", f"model.path={model_folder}",
+        "train.epochs=12", "optimizer.warmup_steps=2", "optimizer.lr=3e-3", "evaluation.every_steps=20", "evaluation.max_new_tokens=8",
+    ]
+    done = harness("launch", RUNS / "medical_qa.yaml", *words)
+    assert done.code == 0, done.output
+    evaluations = [line["eval/loss"] for line in read_metrics(tmp_path / "mine") if "eval/loss" in line]
+    assert evaluations[-1] < 0.8 * evaluations[0]
+    exported = harness("export", tmp_path / "mine", "--to", tmp_path / "my-model")
+    assert exported.code == 0, exported.output
+    question = f"{QUESTIONS[3][0]} F\u00fcr Gr\u00f6\u00dfe 3?"
+    answered = harness("generate", tmp_path / "my-model", "--prompt", question, "--prompt", question, "--max-new-tokens", 24)
+    assert answered.code == 0, answered.output
+    assert answered.output.count(f"> {question}\nIt is ") == 2, answered.output
+

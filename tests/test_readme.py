@@ -1,0 +1,47 @@
+"""What the README shows can be typed, and what ships can be loaded."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from harness.cli.main import VERBS, build_parser
+from harness.config.batch import batch_equation
+from harness.config.deepspeed import merge
+from harness.config.load import load
+
+
+def _readme(repository) -> str:
+    return (repository / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def test_every_command_of_the_readme_parses(repository):
+    commands = re.findall(r"^harness .*$", _readme(repository), re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_every_verb_is_in_the_readme(repository):
+    for verb in VERBS:
+        assert f"`harness {verb} " in _readme(repository), verb
+
+
+def test_the_readme_shows_the_run_file_that_ships(repository):
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", _readme(repository), re.DOTALL).group(1))
+    assert shown == yaml.safe_load((repository / "launch/runs/medical_qa.yaml").read_text(encoding="utf-8"))
+
+
+def test_no_placeholder_is_left(repository):
+    assert "@@" not in _readme(repository)
+
+
+@pytest.mark.parametrize("name", ["medical_qa", "writing", "quickstart_pretrain", "quickstart_finetune"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "zero1_offload_cpu", "zero3_offload_cpu", "zero3_offload_nvme"])
+def test_what_ships_fits_together(repository, name, engine):
+    loaded = load(repository / "launch/runs" / f"{name}.yaml", [f"engine.deepspeed={engine}", "engine.nvme_dir=/nvme"])
+    merged = merge(loaded, batch_equation(loaded, 2))
+    assert merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 2 == loaded.run.train.global_batch_rows
