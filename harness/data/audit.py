@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.formats.index import ShardSetIndex
+from harness.data.rows import RowTable
 from harness.units import format_bytes
 
 
@@ -16,26 +16,30 @@ class Audit:
 
     Attributes:
         folder: of both sets.
-        indexes: by set.
+        tables: the rows of each set; they know its index.
         samples: rows as lists of (text, trained).
     """
 
     folder: Path
-    indexes: dict[str, ShardSetIndex]
+    tables: dict[str, RowTable]
     samples: list[list[tuple[str, bool]]]
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The numbers by set."""
         facts = {}
-        for name, index in self.indexes.items():
-            shards = index.shards
+        for name, table in self.tables.items():
+            index, shards = table.index, table.index.shards
             facts[name] = {
                 "rows in": index.audit["rows_in"],
                 "documents": sum(s.rows for s in shards),
                 **{f"dropped: {cause}": count for cause, count in index.audit["dropped"].items()},
+                **({"dropped: longer than a row": table.dropped} if table.dropped else {}),
+                **({"truncated": table.truncated} if table.truncated else {}),
                 "duplicates (kept)": index.audit["duplicates"],
                 "tokens": sum(s.tokens for s in shards),
                 "trained tokens": sum(s.trained_tokens for s in shards),
+                f"rows of {table.sequence_length}": table.num_rows,
+                "filled": f"{table.filled_share:.1%}",
                 "shards": len(shards),
                 "on disk": format_bytes(sum(s.bytes for s in shards)),
             }

@@ -18,6 +18,7 @@ from harness.data import builtin, sources
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import ShardJob, make_shard
+from harness.data.rows import RowTable
 from harness.data.template import Template
 from harness.errors import Refused
 from harness.formats.index import VERSION, ShardEntry, ShardSetIndex, read_index, write_index
@@ -87,8 +88,7 @@ def prepare(run: RunFile, *, progress: bool = True) -> Audit:
     folder = Path(run.data.dir)
     if prepared_index(run) is None:
         _make(run, folder, progress=progress)
-    indexes = {name: read_index(folder / name) for name in SETS}
-    return Audit(folder, {name: index for name, index in indexes.items() if index}, sample_rows(folder / "train", count=3))
+    return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", count=3))
 
 
 def _make(run: RunFile, folder: Path, *, progress: bool) -> None:

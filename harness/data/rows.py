@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import files
+from harness.config.schema import RunFile
 from harness.errors import Failure
 from harness.formats.index import ShardSetIndex, read_index
 
@@ -60,6 +61,12 @@ class RowTable:
     def pieces_of(self, row: int) -> np.ndarray:
         """int64 [pieces, 4] of one row."""
         return self.pieces[self.starts[row] : self.starts[row + 1]]
+
+    @classmethod
+    def of_run(cls, run: RunFile, which: str) -> RowTable:
+        """The rows of a run's prepared `train` or `validation` set."""
+        data = run.data
+        return cls.build(Path(data.dir) / which, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
 
     @classmethod
     def build(cls, folder: Path, *, sequence_length: int, packing: str, long_documents: str) -> RowTable:

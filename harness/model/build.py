@@ -80,6 +80,7 @@ def build(config: PretrainedConfig, *, path: str | None, precision: str, seed: i
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_code)
         initialize(model, seed=seed, zero3=zero3)
+    model.loss_type = model.loss_type or "ForCausalLM"  # GPT2LMHeadModel's name gives none, and transformers warns
     for name, parameter in model.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter).dtype if zero3 else parameter.dtype
         if held != dtype:

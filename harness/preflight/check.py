@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from harness.config import rules
@@ -56,12 +55,10 @@ def _prepare(loaded: Loaded, *, speak: bool) -> ShardSetIndex:
 
 
 def _table(loaded: Loaded, which: str) -> RowTable:
-    data = loaded.run.data
-    folder = Path(data.dir) / which
-    table = RowTable.build(folder, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
+    table = RowTable.of_run(loaded.run, which)
     if table.num_rows == 0:
         raise Refused(
-            f"The {which} set has no rows.", where=f"{folder} (data.{which}: {loaded.origin(f'data.{which}')})",
+            f"The {which} set has no rows.", where=f"{table.folder} (data.{which}: {loaded.origin(f'data.{which}')})",
             remedy="Give it examples, or a larger data.validation_share.",
         )
     return table

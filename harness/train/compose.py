@@ -94,8 +94,8 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         write_description(run.run_path / "model", config, tokenizer, template)
         ledger.append(run.run_path, "start", attempt=number, ranks=world.size, host=world.host)
     batch = batch_equation(loaded, world.size)
-    table = _table(run, "train")
-    validation = _table(run, "validation")
+    table = RowTable.of_run(run, "train")
+    validation = RowTable.of_run(run, "validation")
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
     if world.is_main:
         attempt.write_deepspeed(ds_config)
@@ -132,11 +132,6 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     finally:
         loader.close()
         recorder.close()
-
-
-def _table(run: RunFile, which: str) -> RowTable:
-    data = run.data
-    return RowTable.build(Path(data.dir) / which, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
 
 
 def _nvme_path(run: RunFile, world: World) -> str | None:

@@ -135,6 +135,24 @@ def test_overlap_duplicates_and_empty_rows_are_counted(tmp_path):
     assert facts["validation"]["dropped: its question is in the training set"] == 1 and facts["validation"]["documents"] == 1
 
 
+@pytest.mark.parametrize("rule, told", [("truncate", "truncated"), ("drop", "dropped: longer than a row"), ("cut", None)])
+def test_what_the_sequence_length_costs_is_counted(tmp_path, rule, told):
+    texts = ["short", "a rather long text " * 40, "another " * 60, "fine"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "v.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
+    run = make_run(tmp_path, train={"path": str(tmp_path / "t.jsonl")}, validation={"path": str(tmp_path / "v.jsonl")}, shape="text",
+                   sequence_length=16, long_documents=rule, packing="none")
+    facts = prepare(run, progress=False).facts()["train"]
+    assert {key: value for key, value in facts.items() if "longer" in key or "truncated" in key} == ({told: 2} if told else {})
+    assert facts["rows of 16"] == {"truncate": 4, "drop": 2, "cut": sum(-(-length // 16) for length in _lengths(tmp_path))}[rule]
+
+
+def _lengths(folder):
+    import numpy as np
+
+    return np.load(folder / "data" / "train" / "shard-00000.lengths.npy").tolist()
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "text"])
 def test_other_formats(tmp_path, kind):
     rows = {"frage": [f"Wie geht {n}?" for n in range(30)], "antwort": [f"So, und {n} mal; »ja«" for n in range(30)]}
