@@ -66,11 +66,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor, *, wait: bool = True) -> Any:
-    """Sum `tensor` over all ranks in place; with `wait=False` returns a handle with `.wait()`, or None for one rank."""
+def all_reduce_sum(tensor: torch.Tensor, *, wait: bool = True, group: Any = None) -> Any:
+    """Sum `tensor` over all ranks, or those of `group`, in place; with `wait=False` returns a handle with `.wait()`, or None for one rank."""
     if size() == 1:
         return None
-    return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=not wait)
+    return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=not wait, group=group)
+
+
+def send(tensor: torch.Tensor, to: int) -> None:
+    """Give a tensor to another rank, which waits for it."""
+    dist.send(tensor.contiguous(), to)
+
+
+def receive(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Fill `tensor` with what another rank sends."""
+    dist.recv(tensor, source)
+    return tensor
+
+
+def new_group(ranks: list[int]) -> Any:
+    """A group of some ranks; every rank must call this, in the same order."""
+    return dist.new_group(ranks)
+
+
+def broadcast(tensor: torch.Tensor, source: int, *, group: Any = None) -> torch.Tensor:
+    """Fill `tensor` on all ranks, or those of `group`, with that of rank `source`."""
+    if size() > 1:
+        dist.broadcast(tensor, source, group=group)
+    return tensor
 
 
 def gather_objects(value: Any) -> list[Any]:

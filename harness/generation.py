@@ -12,7 +12,7 @@ from harness.data.template import Template
 from harness.errors import Refused
 
 if TYPE_CHECKING:
-    from harness.engine.zero import ZeroEngine
+    from harness.engine.common import CommonEngine
 
 TEMPLATE_FILE = "harness.json"
 
@@ -27,7 +27,7 @@ def write_description(folder: Path, config: Any, tokenizer: Any, template: Templ
     files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
 
 
-def answer_prompts(engine: ZeroEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int) -> list[tuple[str, str]]:
+def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int) -> list[tuple[str, str]]:
     """Answer fixed prompts with the model in training, on all ranks together.
 
     Args:

@@ -28,6 +28,52 @@ class World:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Ranks as pipeline stages times data-parallel copies; neighbouring ranks share a stage, so that their reductions stay inside a host.
+
+    The same layout as DeepSpeed's `PipeDataParallelTopology` (deepspeed/runtime/pipe/topology.py).
+
+    Attributes:
+        stages: stages of the pipeline; 1 where there is none.
+        ranks: all ranks, a multiple of `stages`.
+        rank: this one.
+    """
+
+    stages: int
+    ranks: int
+    rank: int
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel copies of each stage."""
+        return self.ranks // self.stages
+
+    @property
+    def dp_rank(self) -> int:
+        """Which copy this rank is."""
+        return self.rank % self.dp_size
+
+    @property
+    def pp_stage(self) -> int:
+        """Which stage this rank computes."""
+        return self.rank // self.dp_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank takes the tokens in."""
+        return self.pp_stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_stage == self.stages - 1
+
+    def rank_of(self, pp_stage: int) -> int:
+        """The rank that computes `pp_stage` in the same pipeline."""
+        return pp_stage * self.dp_size + self.dp_rank
+
+
 def _first(names: tuple[str, ...], default: int) -> int:
     for name in names:
         if os.environ.get(name, "").isdigit():

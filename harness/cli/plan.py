@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,10 @@ from harness.config.load import load
 from harness.errors import EXIT_DONE
 from harness.units import format_bytes, format_count
 
+if TYPE_CHECKING:
+    from harness.config.batch import BatchEquation
+    from harness.preflight.stages import StagePlan
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Check all, then print the merged configuration, the batch equation and the memory."""
@@ -22,16 +27,22 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.preflight.check import check
     from harness.preflight.count import count_parameters
     from harness.preflight.memory import plan_memory
+    from harness.preflight.stages import plan_stages
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loaded = load(arguments.run_file, arguments.overrides)
     gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
     ranks = arguments.ranks or loaded.run.launch.ranks or max(1, gpus)
     facts = check(loaded, ranks=ranks, has_gpu=gpus > 0)
-    batch = batch_equation(loaded, ranks)
+    stages = loaded.run.engine.pipeline_stages
+    batch = batch_equation(loaded, ranks // stages)
     ds_config = merge(loaded, batch)
     parameters = count_parameters(facts["config"])
-    memory = plan_memory(parameters, ds_config, precision=loaded.run.train.precision, ranks=ranks, local_ranks=min(ranks, max(1, gpus or ranks)))
+    cut = plan_stages(loaded.run, facts["config"], batch) if stages > 1 else []
+    memory = plan_memory(
+        max((stage.parameters for stage in cut), default=parameters), ds_config, precision=loaded.run.train.precision, ranks=batch.ranks,
+        local_ranks=min(ranks, max(1, gpus or ranks)), all_parameters=parameters,
+    )
     console = Console()
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
     table.add_row("batch", batch.text())
@@ -43,6 +54,23 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("states on each NVMe", format_bytes(memory.nvme))
     table.add_row("one checkpoint", format_bytes(memory.checkpoint))
     console.print(table)
+    if cut:
+        _show_stages(console, cut, batch)
     console.print("merged DeepSpeed configuration:")
     console.print_json(json.dumps(ds_config))
     return EXIT_DONE
+
+
+def _show_stages(console: Console, cut: list[StagePlan], batch: BatchEquation) -> None:
+    from harness.preflight.stages import bubble, warnings
+
+    table = Table("stage", "blocks", "parameters", "work to mean", "activations", title="pipeline stages", title_justify="left")
+    for number, stage in enumerate(cut):
+        table.add_row(
+            str(number), f"{stage.first} to {stage.stop - 1}", format_count(stage.parameters), f"{stage.work:.2f}", format_bytes(stage.activations)
+        )
+    console.print(table)
+    share = bubble(batch.stages, batch.accumulation)
+    console.print(f"waiting, with equal stages: ({batch.stages} - 1) / ({batch.accumulation} + {batch.stages} - 1) = {share:.1%} of a step", highlight=False)
+    for warning in warnings(cut):
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)

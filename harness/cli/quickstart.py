@@ -23,6 +23,27 @@ from harness.units import format_seconds
 RUNS = Path(__file__).resolve().parents[2] / "launch" / "runs"
 
 
+@dataclass(frozen=True)
+class Engine:
+    """How the fine-tuning is done.
+
+    Attributes:
+        label: in words.
+        suffix: of the folders that it makes.
+        overrides: of the run file.
+    """
+
+    label: str
+    suffix: str
+    overrides: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "zero": Engine("ZeRO-3, CPU offload", ""),
+    "pipeline": Engine("2 pipeline stages, CPU offload", "-pipeline", ("engine.pipeline_stages=2", "engine.deepspeed=zero1_offload_cpu", "train.micro_batch=2")),
+}
+
+
 @dataclass
 class Clock:
     """Seconds by phase, in the order in which they passed."""
@@ -43,52 +64,61 @@ def main(argv: list[str] | None = None) -> int:
     """Run all phases; what an earlier run has finished is reused."""
     parser = argparse.ArgumentParser(prog="launch/quickstart.sh", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="folder for everything that is made")
+    parser.add_argument("--engine", choices=ENGINES, default="zero", help="what fine-tunes: ZeRO-3, or a pipeline of two stages")
     arguments = parser.parse_args(argv)
     console = Console()
     try:
-        return _quickstart(arguments.dir, console)
+        return _quickstart(arguments.dir, ENGINES[arguments.engine], console)
     except HarnessError as error:
         console.print(f"[red]quickstart:[/] {error}", highlight=False)
         return error.exit_code
 
 
-def _quickstart(folder: Path, console: Console) -> int:
+def _quickstart(folder: Path, engine: Engine, console: Console) -> int:
     os.environ.update(operators.environment())
     gpus = local.num_gpus()
     clock = Clock(console)
-    pretrain, finetune = (_run_file(f"quickstart_{name}.yaml", folder, gpus) for name in ("pretrain", "finetune"))
+    pretrain, finetune = (Job.of(stem, folder, gpus, engine) for stem in ("pretrain", "finetune"))
+    exported = folder / f"finetuned{engine.suffix}"
     with clock.phase("operators of DeepSpeed"):
         operators.build(operators.needed(optimizer_offload="cpu", nvme=False, gpu=gpus > 0), speak=True)
     with clock.phase("prepare: prose, tokenizer"):
-        _prepare(pretrain, console)
+        _prepare(pretrain.loaded, console)
     with clock.phase("pre-train a small GPT-2 from scratch"):
-        _train(pretrain, folder, "pretrain", gpus)
-        _export(pretrain, folder / "pretrained")
+        _train(pretrain)
+        _export(pretrain.loaded, folder / "pretrained")
     with clock.phase("prepare: questions and answers"):
-        _prepare(finetune, console)
-    with clock.phase("fine-tune it: ZeRO-3, CPU offload"):
-        _train(finetune, folder, "finetune", gpus)
+        _prepare(finetune.loaded, console)
+    with clock.phase(f"fine-tune it: {engine.label}"):
+        _train(finetune)
     with clock.phase("export"):
-        _export(finetune, folder / "finetuned")
+        _export(finetune.loaded, exported)
     with clock.phase("answer held-out questions"):
-        _answer(finetune, folder / "finetuned", console)
-    _table(console, clock, pretrain, finetune, folder)
+        _answer(finetune.loaded, exported, console)
+    _table(console, clock, pretrain.loaded, finetune.loaded, exported)
     return 0
 
 
-def _overrides(name: str, folder: Path, gpus: int) -> list[str]:
-    """What differs from the shipped run file: the folder, and on GPUs their number and type."""
-    stem = "pretrain" if "pretrain" in name else "finetune"
-    words = [f"run_dir={folder / stem}", f"data.dir={folder / 'data' / ('prose' if stem == 'pretrain' else 'questions')}"]
-    if stem == "finetune":
-        words += [f"model.path={folder / 'pretrained'}", f"data.tokenizer={folder / 'pretrained'}"]
-    if gpus:
-        words += [f"launch.ranks={1 if gpus == 1 else 2}", "train.precision=bf16"]
-    return words
+@dataclass(frozen=True)
+class Job:
+    """A shipped run file, what differs from it here, and both together."""
 
+    run_file: Path
+    overrides: list[str]
+    loaded: Loaded
 
-def _run_file(name: str, folder: Path, gpus: int) -> Loaded:
-    return load(RUNS / name, _overrides(name, folder, gpus))
+    @classmethod
+    def of(cls, stem: str, folder: Path, gpus: int, engine: Engine) -> Job:
+        """`pretrain` or `finetune` in `folder`; on GPUs their number and type differ too."""
+        if stem == "pretrain":
+            words = [f"run_dir={folder / stem}", f"data.dir={folder / 'data' / 'prose'}"]
+        else:
+            words = [f"run_dir={folder / (stem + engine.suffix)}", f"data.dir={folder / 'data' / 'questions'}",
+                     f"model.path={folder / 'pretrained'}", f"data.tokenizer={folder / 'pretrained'}", *engine.overrides]
+        if gpus:
+            words += [f"launch.ranks={1 if gpus == 1 else 2}", "train.precision=bf16"]
+        run_file = RUNS / f"quickstart_{stem}.yaml"
+        return cls(run_file, words, load(run_file, words))
 
 
 def _prepare(loaded: Loaded, console: Console) -> None:
@@ -97,15 +127,15 @@ def _prepare(loaded: Loaded, console: Console) -> None:
     console.print(prepare(loaded.run).render())
 
 
-def _train(loaded: Loaded, folder: Path, stem: str, gpus: int) -> None:
+def _train(job: Job) -> None:
     from harness.formats.outcome import read_outcome
 
+    loaded = job.loaded
     before = read_outcome(loaded.run.run_path)
     if before is not None and before.state == "done":
         print(f"already done: {loaded.run.run_dir} (remove the folder to train again)")
         return
-    name = f"quickstart_{stem}.yaml"
-    plan = local.plan(loaded, run_file=str(RUNS / name), overrides=_overrides(name, folder, gpus))
+    plan = local.plan(loaded, run_file=str(job.run_file), overrides=job.overrides)
     code = local.run(plan)
     if code:
         raise Failure(f"Training in {loaded.run.run_dir} ended with code {code}; its logs are in {loaded.run.run_dir}/attempts/.")
@@ -142,7 +172,7 @@ def _speed(loaded: Loaded) -> float:
     return speeds[len(speeds) // 2] if speeds else math.nan
 
 
-def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, folder: Path) -> None:
+def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, exported: Path) -> None:
     """Evaluation loss and perplexity before and after, speed, and time by phase."""
     results = Table("training", "evaluation loss", "perplexity", "tokens/s", title="What was learned", title_justify="left")
     for name, loaded in (("from scratch on prose", pretrain), ("fine-tuned on questions", finetune)):
@@ -157,9 +187,9 @@ def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, f
     times.add_row("all", format_seconds(sum(clock.seconds.values())))
     console.print(results)
     console.print(times)
-    console.print(f"TensorBoard:  tensorboard --logdir {folder}", highlight=False)
+    console.print(f"TensorBoard:  tensorboard --logdir {exported.parent}", highlight=False)
     console.print("Try it:       source .venv/bin/activate", highlight=False)
-    console.print(f"              harness generate {folder / 'finetuned'} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
+    console.print(f"              harness generate {exported} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

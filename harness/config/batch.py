@@ -18,6 +18,7 @@ class BatchEquation:
         accumulation: micro-batches of one rank in a step.
         ranks: data-parallel ranks.
         sequence_length: tokens in a row.
+        stages: pipeline stages of each copy.
     """
 
     rows: int
@@ -25,12 +26,14 @@ class BatchEquation:
     accumulation: int
     ranks: int
     sequence_length: int
+    stages: int = 1
 
     def text(self) -> str:
         """The equation in words."""
         tokens = self.rows * self.sequence_length
+        copies = f"{self.ranks} pipeline{'s' if self.ranks > 1 else ''} of {self.stages} stages" if self.stages > 1 else f"{self.ranks} ranks"
         return (
-            f"{self.rows} rows = micro-batch {self.micro_batch} x accumulation {self.accumulation} x {self.ranks} ranks"
+            f"{self.rows} rows = micro-batch {self.micro_batch} x accumulation {self.accumulation} x {copies}"
             f" = {tokens:,} tokens of {self.sequence_length} a row"
         )
 
@@ -70,4 +73,4 @@ def batch_equation(loaded: Loaded, ranks: int) -> BatchEquation:
             where=f"{loaded.origin(key)} and train.micro_batch ({loaded.origin('train.micro_batch')})",
             remedy=f"Use a global batch of {choices} rows, or another micro-batch.",
         )
-    return BatchEquation(rows, train.micro_batch, rows // portion, ranks, length)
+    return BatchEquation(rows, train.micro_batch, rows // portion, ranks, length, loaded.run.engine.pipeline_stages)

@@ -100,9 +100,20 @@ def _stage_and_pipeline(loaded: Loaded, config: dict[str, Any], path: Path) -> N
             f"ZeRO-{stage} cannot be used inside {stages} pipeline stages: DeepSpeed reduces gradients once, after the last micro-batch.",
             where=where, remedy="Use engine.deepspeed=zero1 or zero1_offload_cpu with stages, or engine.pipeline_stages=1 with ZeRO-2/3.",
         )
-    if stages > 1:
+    if stages > 1 and loaded.run.train.precision == "fp16":
         raise Refused(
-            "This version trains with one pipeline stage only.", where=where, remedy="Set engine.pipeline_stages=1."
+            "The pipeline trains in bf16 and fp32; loss scaling over stages is not proved.",
+            where=f"train.precision ({loaded.origin('train.precision')})", remedy="Set train.precision=bf16, or engine.pipeline_stages=1.",
+        )
+    if stages > 1 and loaded.run.model.trust_code:
+        raise Refused(
+            "Code that ships with a model cannot be cut into pipeline stages.", where=f"model.trust_code ({loaded.origin('model.trust_code')})",
+            remedy="Set model.trust_code=false, or engine.pipeline_stages=1.",
+        )
+    if stage == 0 and loaded.run.train.precision != "fp32" and loaded.run.train.accumulate_in == "fp32":
+        raise Refused(
+            f"DeepSpeed cannot accumulate {loaded.run.train.precision} gradients in fp32 without ZeRO.", where=f"{path} and train.accumulate_in",
+            remedy="Use engine.deepspeed=zero1, or set train.accumulate_in=model.",
         )
     if stage not in (0, 1, 2, 3):
         raise Refused(f"There is no ZeRO stage {stage!r}.", where=str(path), remedy="Use 0, 1, 2 or 3.")

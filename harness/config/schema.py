@@ -142,6 +142,9 @@ class Engine(Section):
 
     deepspeed: str = free("zero3", description="A name in `ds_configs/` or the path of a JSON file.")
     pipeline_stages: Positive = free(1, description="Stages of the pipeline engine; 1 is the ZeRO engine.")
+    partition: Literal["flops", "parameters", "time"] = free(
+        "flops", description="What the stages share evenly: operations, parameters, or time measured on rank 0 at the start."
+    )
     nvme_dir: str | None = free(None, description="Folder on a local NVMe; run, host and rank are added.")
     device: Literal["auto", "cuda", "cpu"] = free("auto", description="`cpu` trains without a GPU and asks for no warning.")
     timeout_minutes: Annotated[float, Field(gt=0)] = free(10.0, description="Longest wait in a collective.")

@@ -39,10 +39,15 @@ class SliceGroup:
 
 @dataclass(frozen=True)
 class Piece:
-    """A slice, and the element of a holding's flat tensor at which it starts."""
+    """A slice, and the element of a holding's flat tensor at which it starts.
+
+    Attributes:
+        copy: another pipeline stage owns the tied parameter and writes it; this one only reads it.
+    """
 
     slice: Slice
     start: int
+    copy: bool = False
 
 
 class Holding:

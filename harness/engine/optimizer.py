@@ -22,9 +22,23 @@ def build_optimizer(groups: list[dict[str, Any]], settings: Optimizer, *, offloa
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **arguments)
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **arguments)
+        optimizer.register_step_pre_hook(_forget_powers)
+        return optimizer
     if use_gpu:
         from deepspeed.ops.adam import FusedAdam
 
         return FusedAdam(groups, adam_w_mode=True, **arguments)
     return torch.optim.AdamW(groups, **arguments)
+
+
+def _forget_powers(optimizer: Any, *_: Any) -> None:
+    """Make the bias correction a function of the step alone, so that a resumed run is the undisturbed one bit for bit.
+
+    DeepSpeed's operator multiplies the powers of the betas on from step to step, and raises them anew only when step or betas are
+    not what it saw last (csrc/includes/cpu_adam.h, `IncrementStep`): an update of nothing with other betas makes it do so each time.
+    """
+    nothing = torch.zeros(1)
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, False, nothing, nothing.clone(), nothing.clone(), nothing.clone()
+    )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from harness.engine.holdings import Family, Holding, Piece, Slice, SliceGroup, parameter_names
+from harness import distributed
+from harness.engine.holdings import Family, Holding, Piece, Slice, SliceGroup
 from harness.engine.slices_flat import Partitioned, whole_16bit, whole_fp32
 from harness.engine.slices_stage3 import Stage3
 from harness.errors import Failure, Refused
@@ -25,18 +26,18 @@ GROUP_ELEMENTS = 1 << 25
 Read = Callable[[str, str, int, int], torch.Tensor]
 
 
-def named_slices(engine: DeepSpeedEngine, model: torch.nn.Module) -> Iterator[SliceGroup]:
+def named_slices(engine: DeepSpeedEngine, names: dict[int, str]) -> Iterator[SliceGroup]:
     """The slices that this rank is to write, a bounded group at a time; no collective takes part.
 
     Args:
         engine: between two optimizer steps; one that has not stepped yet has moments of zero.
-        model: gives the names, those of `named_parameters()`.
+        names: identity of each parameter -> the name that it is stored under.
 
     Raises:
         Failure: when DeepSpeed's optimizer is not one that this was proved with.
         Refused: under `round_robin_gradients`.
     """
-    family = _family(engine, model)
+    family = _family(engine, names)
     if not family.writes:
         return
     step = max((_adam_step(holding) for holding in family.holdings), default=0)
@@ -49,19 +50,19 @@ def named_slices(engine: DeepSpeedEngine, model: torch.nn.Module) -> Iterator[Sl
 
 
 @torch.no_grad()
-def load_slices(engine: DeepSpeedEngine, model: torch.nn.Module, read: Read, *, step: int) -> None:
+def load_slices(engine: DeepSpeedEngine, names: dict[int, str], read: Read, *, step: int) -> None:
     """Put weights and moments into an engine, fresh or trained, and renew the model's own weights. Collective.
 
     Args:
         engine: between two optimizer steps.
-        model: gives the names.
+        names: as for `named_slices`.
         read: (kind, name, offset, length) -> 1-D fp32 CPU tensor; kinds are `master`, `exp_avg` and `exp_avg_sq`.
         step: Adam's step count.
 
     Raises:
         Failure, Refused: as `named_slices`.
     """
-    family = _family(engine, model)
+    family = _family(engine, names)
     family.begin_load()
     for holding in family.holdings:
         with holding.open(write=True):
@@ -73,7 +74,7 @@ def load_slices(engine: DeepSpeedEngine, model: torch.nn.Module, read: Read, *, 
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
-def _family(engine: DeepSpeedEngine, model: torch.nn.Module) -> Family:
+def _family(engine: DeepSpeedEngine, names: dict[int, str]) -> Family:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -86,7 +87,8 @@ def _family(engine: DeepSpeedEngine, model: torch.nn.Module) -> Family:
             where="zero_optimization.round_robin_gradients",
             remedy="Remove the key from the DeepSpeed configuration.",
         )
-    optimizer, names = engine.optimizer, parameter_names(model)
+    optimizer = engine.optimizer
+    writes = engine.mpu.get_data_parallel_rank() == 0 if engine.mpu is not None else distributed.rank() == 0
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         family = Stage3(optimizer, names)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -94,9 +96,9 @@ def _family(engine: DeepSpeedEngine, model: torch.nn.Module) -> Family:
     elif isinstance(optimizer, BF16_Optimizer):
         family = Partitioned(optimizer, names, groups="bf16_groups", masters="fp32_groups_flat_partition")
     elif isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
-        family = whole_16bit(optimizer, names)
+        family = whole_16bit(optimizer, names, writes=writes)
     elif isinstance(optimizer, torch.optim.Optimizer):
-        family = whole_fp32(optimizer, names)
+        family = whole_fp32(optimizer, names, writes=writes)
     else:
         raise Failure(f"No way is known to take slices out of DeepSpeed's {type(optimizer).__name__}.")
     for holding in family.holdings:
@@ -122,7 +124,7 @@ def _portions(window: list[Holding]) -> Iterator[list[tuple[Holding, Piece]]]:
     elements = 0
     for holding in window:
         for piece in holding.pieces:
-            for part in _cut(piece):
+            for part in _cut(piece) if not piece.copy else ():
                 if portion and elements + part.slice.length > GROUP_ELEMENTS:
                     yield portion
                     portion, elements = [], 0

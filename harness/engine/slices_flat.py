@@ -1,7 +1,7 @@
 """Slices under ZeRO-0, 1 and 2, where the model's weights are whole on every rank.
 
 ZeRO-1 and 2 cut each parameter group, flattened, over the ranks; `_hp_mapping` of a parameter tells which part of it
-lies where in this rank's cut. Without ZeRO every rank holds everything, and rank 0 writes it.
+lies where in this rank's cut. Without ZeRO every data-parallel rank holds everything, and the first writes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from harness import distributed
 from harness.engine.holdings import Family, Holding, Piece, Slice, require_names
 from harness.errors import Failure
 
@@ -43,13 +42,6 @@ class Partitioned(Family):
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class Whole(Family):
-    """What every rank holds without ZeRO; rank 0 writes it."""
-
-    def __init__(self, holdings: list[Holding]):
-        super().__init__(holdings, writes=distributed.rank() == 0)
-
-
 class WholeMaster(Holding):
     """An fp32 copy of one or more whole 16-bit parameters."""
 
@@ -74,34 +66,37 @@ class WholeMaster(Holding):
             parameter.data.view(-1).copy_(master.narrow(0, piece.start, piece.slice.length))
 
 
-def whole_fp32(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> Whole:
-    """Without ZeRO in fp32 the optimizer updates the model's own parameters."""
+def whole_fp32(optimizer: torch.optim.Optimizer, names: dict[int, str], *, writes: bool) -> Family:
+    """Without ZeRO in fp32 the optimizer updates the model's own parameters; one of its copies `writes` them."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return Whole([Holding(optimizer, parameter, [_whole_piece(parameter, names, 0)]) for parameter in parameters])
+    return Family([Holding(optimizer, parameter, [_whole_piece(parameter, names, 0)]) for parameter in parameters], writes)
 
 
-def whole_16bit(optimizer: Any, names: dict[int, str]) -> Whole:
+def whole_16bit(optimizer: Any, names: dict[int, str], *, writes: bool) -> Family:
     """Without ZeRO in 16 bit: `FP16_Optimizer` has one master a group, `FP16_UnfusedOptimizer` one a parameter."""
     require_names(optimizer, ("fp16_groups", "optimizer"))
     base, groups = optimizer.optimizer, optimizer.fp16_groups
     if hasattr(optimizer, "fp32_groups_flat"):
-        return Whole(
-            [
-                WholeMaster(base, master, list(group), names)
-                for group, master in zip(groups, optimizer.fp32_groups_flat, strict=True)
-            ]
-        )
+        holdings = [
+            WholeMaster(base, master, list(group), names)
+            for group, master in zip(groups, optimizer.fp32_groups_flat, strict=True)
+        ]
+        return Family(holdings, writes)
     require_names(optimizer, ("fp32_groups",))
     pairs = [
         pair
         for group, masters in zip(groups, optimizer.fp32_groups, strict=True)
         for pair in zip(group, masters, strict=True)
     ]
-    return Whole([WholeMaster(base, master, [parameter], names) for parameter, master in pairs])
+    return Family([WholeMaster(base, master, [parameter], names) for parameter, master in pairs], writes)
 
 
 def _whole_piece(parameter: torch.nn.Parameter, names: dict[int, str], start: int) -> Piece:
-    return Piece(Slice(names[id(parameter)], 0, parameter.numel(), tuple(parameter.shape)), start)
+    return Piece(Slice(names[id(parameter)], 0, parameter.numel(), tuple(parameter.shape)), start, _is_copy(parameter))
+
+
+def _is_copy(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
 def _mapped_pieces(group: list[torch.nn.Parameter], names: dict[int, str]) -> list[Piece]:
@@ -113,9 +108,9 @@ def _mapped_pieces(group: list[torch.nn.Parameter], names: dict[int, str]) -> li
                 "this harness was proved with DeepSpeed 0.19.8."
             )
         mapping = parameter._hp_mapping
-        if mapping is None or getattr(parameter, "ds_pipe_replicated", False):
+        if mapping is None:
             continue
         model_side, master_side = mapping.lp_fragment_address, mapping.hp_fragment_address
         piece = Slice(names[id(parameter)], model_side.start, model_side.numel, tuple(parameter.shape))
-        pieces.append(Piece(piece, master_side.start))
+        pieces.append(Piece(piece, master_side.start, _is_copy(parameter)))
     return pieces

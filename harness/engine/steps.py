@@ -19,6 +19,9 @@ class StepResult:
         trained_tokens: trained tokens of the whole global batch.
         grad_norm: gradient norm before clipping, over all ranks.
         applied: False when the step was skipped because a gradient was not finite.
+        busy_s: seconds in which this rank ran forwards and backwards; 0 where there is no pipeline.
+        window_s: on ranks of the first pipeline stage, seconds from the start of the step to the end of its last backward,
+            which is the last one of the pipeline; 0 elsewhere.
     """
 
     loss_sum: torch.Tensor
@@ -26,6 +29,8 @@ class StepResult:
     trained_tokens: int
     grad_norm: float
     applied: bool
+    busy_s: float = 0.0
+    window_s: float = 0.0
 
 
 def seed_micro_batch(seed: int, *, step: int, first_row: int, stage: int = 0, purpose: str = "train") -> None:
@@ -39,3 +44,20 @@ def seed_micro_batch(seed: int, *, step: int, first_row: int, stage: int = 0, pu
         purpose: what the numbers are for.
     """
     torch.manual_seed(derive_seed(seed, purpose, step, first_row, stage))
+
+
+def evaluation_sums(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What an evaluation adds up, for one micro-batch.
+
+    Args:
+        loss_sum: sum of the token losses.
+        logits: [rows, length, vocabulary].
+        labels: int64 [rows, length], -100 where nothing is trained.
+
+    Returns:
+        float64 tensor [3]: sum of token losses, trained tokens, tokens whose argmax is right.
+    """
+    targets = labels[:, 1:]
+    trained = targets != -100
+    right = (logits[:, :-1].argmax(-1) == targets) & trained
+    return torch.stack([loss_sum.double(), trained.sum().double(), right.sum().double()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,18 +10,19 @@ import torch
 from harness import distributed
 from harness.config.deepspeed import offload_device, zero
 from harness.config.schema import RunFile
-from harness.engine import loss_scale, slices
+from harness.engine.common import CommonEngine, initialize
 from harness.engine.optimizer import build_optimizer
-from harness.engine.steps import StepResult, seed_micro_batch
+from harness.engine.holdings import parameter_names
+from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from harness.data.loader import Batch, GlobalBatch
 
 
-class ZeroEngine:
+class ZeroEngine(CommonEngine):
     """One step interface over `deepspeed.initialize`.
 
     Args:
@@ -31,6 +32,8 @@ class ZeroEngine:
         device: where this rank computes.
         weights: folder or hub name to load from, or None for fresh weights (also when a checkpoint follows).
     """
+
+    name = "zero"
 
     def __init__(self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None):
         self.run, self.config, self.device = run, config, device
@@ -44,23 +47,8 @@ class ZeroEngine:
         optimizer = build_optimizer(
             decay_groups(self.model, run.optimizer.weight_decay), run.optimizer, offloaded=offloaded, use_gpu=device.type == "cuda"
         )
-        self.deepspeed = _initialize(self.model, optimizer, ds_config)
-        if self.stage in (1, 2) and run.train.precision == "fp32":
-            self.deepspeed.optimizer.check_grad_overflow = True  # else DeepSpeed applies a step with infinite gradients in fp32
+        self.deepspeed = initialize(self.model, optimizer, ds_config, fp32=run.train.precision == "fp32")
         self._aux_coefficient = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if getattr(config, "output_router_logits", False) else 0.0
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with the hyper-parameters in force."""
-        return self.deepspeed.optimizer.param_groups
-
-    def loss_scale(self) -> dict[str, float]:
-        """State of dynamic loss scaling, for a checkpoint; empty unless the run is in fp16."""
-        return loss_scale.loss_scale_state(self.deepspeed)
-
-    def restore_loss_scale(self, state: dict[str, float]) -> None:
-        """Put back what `loss_scale` gave."""
-        loss_scale.restore_loss_scale(self.deepspeed, state)
 
     def train_step(self, batch: GlobalBatch, *, step: int, lr: float) -> StepResult:
         """Forward, backward and update for one global batch.
@@ -72,8 +60,7 @@ class ZeroEngine:
             step: number of this optimizer step, from 1.
             lr: learning rate of this step.
         """
-        for group in self.param_groups:
-            group["lr"] = lr
+        self.set_lr(lr)
         self.deepspeed.train()
         tokens, ranks = max(batch.trained_tokens, 1), distributed.size()
         share = 1.0 / (ranks * len(batch.micro_batches))
@@ -91,38 +78,36 @@ class ZeroEngine:
                 loss_sum += loss.detach().double() * tokens
             self.deepspeed.backward(loss * ranks, scale_wrt_gas=False)
             self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(loss_sum, aux_sum, batch.trained_tokens, float(norm if norm is not None else float("nan")), self.deepspeed.was_step_applied())
+        return StepResult(loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied())
 
     def _forward(self, batch: Batch, *, tokens: int) -> Any:
         return self.deepspeed(
-            input_ids=self._put(batch.input_ids), position_ids=self._put(batch.position_ids), labels=self._put(batch.labels),
+            input_ids=self.put(batch.input_ids), position_ids=self.put(batch.position_ids), labels=self.put(batch.labels),
             use_cache=False, num_items_in_batch=tokens,
         )
 
-    def _put(self, array: Any) -> torch.Tensor:
-        tensor = torch.as_tensor(array)
-        return tensor.to(self.device, torch.int64, non_blocking=True)
-
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> torch.Tensor:
-        """Sums over the trained tokens of one micro-batch.
+    def eval_sums(self, batches: Iterable[Batch]) -> torch.Tensor:
+        """Sums over the trained tokens of this rank's micro-batches; every rank must have equally many.
 
         Returns:
             float64 tensor [3] on the device: sum of token losses, trained tokens, tokens whose argmax is right.
         """
         self.deepspeed.eval()
-        labels = self._put(batch.labels)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            sums += self._eval_sums(batch)
+        return sums
+
+    def _eval_sums(self, batch: Batch) -> torch.Tensor:
+        labels = self.put(batch.labels)
         output = self.deepspeed(
-            input_ids=self._put(batch.input_ids), position_ids=self._put(batch.position_ids), labels=labels, use_cache=False, num_items_in_batch=1
+            input_ids=self.put(batch.input_ids), position_ids=self.put(batch.position_ids), labels=labels, use_cache=False, num_items_in_batch=1
         )
         loss = output.loss
         if getattr(output, "aux_loss", None) is not None and self._aux_coefficient:
             loss = loss - self._aux_coefficient * output.aux_loss
-        targets = labels[:, 1:]
-        trained = targets != -100
-        right = (output.logits[:, :-1].argmax(-1) == targets) & trained
-        return torch.stack([loss.double(), trained.sum().double(), right.sum().double()])
+        return evaluation_sums(loss, output.logits, labels)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], *, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[list[int]]:
@@ -147,33 +132,17 @@ class ZeroEngine:
             answers.append(output[0, len(prompt):].tolist())
         return answers
 
-    def named_slices(self) -> Iterator[slices.SliceGroup]:
-        """The slices of master weights and moments that this rank owns, a bounded group at a time."""
-        return slices.named_slices(self.deepspeed, self.model)
+    def parameter_names(self) -> dict[int, str]:
+        """Identity of each parameter -> its name, tied ones once."""
+        return parameter_names(self.model)
 
-    def load_slices(self, read: Callable[[str, str, int, int], torch.Tensor], *, step: int) -> None:
-        """Take weights and moments from `read(kind, name, offset, length)`; `step` is Adam's step count."""
-        slices.load_slices(self.deepspeed, self.model, read, step=step)
-
-    def parameters(self) -> dict[str, dict[str, Any]]:
-        """Shape and dtype of every parameter, tied ones once, by its Hugging Face name."""
-        return {
-            name: {"shape": list(getattr(p, "ds_shape", p.shape)), "dtype": str(p.dtype).removeprefix("torch.")}
-            for name, p in self.model.named_parameters()
-        }
-
-    def tied(self) -> dict[str, str]:
-        """Alias -> name of every parameter that stands in the model twice."""
-        first: dict[int, str] = {}
-        aliases = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if first.setdefault(id(parameter), name) != name:
-                aliases[name] = first[id(parameter)]
-        return aliases
+    def whole_model(self) -> PreTrainedModel:
+        """The model itself; under ZeRO-3 its parameters are empty and know their shape."""
+        return self.model
 
     def close(self) -> None:
         """Free DeepSpeed's threads, hooks and swap files."""
-        self.deepspeed.destroy()
+        super().close()
         self._alive = None
 
 
@@ -182,10 +151,3 @@ def _announce_stage3(ds_config: dict[str, Any]) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
-
-
-def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
-    import deepspeed
-
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    return engine

@@ -56,6 +56,7 @@ class Manifest(_Part):
     config_fingerprint: str = ""
     run_file: dict[str, Any] = Field(default_factory=dict, description="The run file as resolved.")
     engine: str = "zero"
+    pipeline_stages: int = 1
     zero_stage: int = 0
     offload: dict[str, str] = Field(default_factory=dict)
     world_size: int = 1

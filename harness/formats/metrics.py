@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "speed/step_seconds": Metric("s", "Wall-clock of the step, data included, evaluation and saving left out.", "main"),
     "speed/tokens_per_second": Metric("tokens/s", "Positions of the global batch, padding included, by step_seconds.", "main"),
     "speed/data_wait_seconds": Metric("s", "Time in which the step waited for its batch.", "main"),
+    "speed/pipeline_idle_share": Metric("share", "Part of the step's forwards and backwards in which the mean stage waited for others.", "mean"),
     "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process.", "main"),
     "memory/device_peak_bytes": Metric("bytes", "Highest memory that torch allocated on rank 0's GPU.", "main"),
     "checkpoint/save_seconds": Metric("s", "Time in which training stood still for a checkpoint.", "main"),

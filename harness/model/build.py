@@ -92,9 +92,13 @@ def build(config: PretrainedConfig, *, path: str | None, precision: str, seed: i
 def initialize(model: PreTrainedModel, *, seed: int, zero3: bool) -> None:
     """Give every module fresh weights from a generator of its own, children first, by the model's own `_init_weights`.
 
-    The result does not depend on ranks, stages or the order of construction. One module is whole at a time.
+    The result does not depend on ranks, stages or the order of construction. One module is whole at a time; modules
+    whose parameters are all on torch's meta device, as those of other pipeline stages, are passed over.
     """
     for name, module, owner in _children_first(model, "", model):
+        parameters = _near_parameters(module)
+        if parameters and all(parameter.is_meta for parameter in parameters):
+            continue
         with _whole(module, zero3=zero3) as writes:
             if writes:
                 with torch.random.fork_rng(devices=[]):
@@ -111,12 +115,15 @@ def _children_first(module: torch.nn.Module, name: str, owner: Any) -> Iterator[
     yield name, module, owner
 
 
+def _near_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The module's own parameters and its direct children's."""
+    return [parameter for near in (module, *module.children()) for parameter in near.parameters(recurse=False)]
+
+
 @contextlib.contextmanager
 def _whole(module: torch.nn.Module, *, zero3: bool) -> Iterator[bool]:
     """Make the module's own and its direct children's parameters whole; yields whether this rank writes."""
-    parameters = list(module.parameters(recurse=False))
-    for child in module.children():
-        parameters += child.parameters(recurse=False)
+    parameters = _near_parameters(module)
     if not zero3 or not parameters:
         yield True
         return
@@ -126,12 +133,13 @@ def _whole(module: torch.nn.Module, *, zero3: bool) -> Iterator[bool]:
         yield deepspeed.comm.get_rank() == 0
 
 
-def enable_activation_checkpointing(model: PreTrainedModel, every: int) -> int:
+def enable_activation_checkpointing(model: PreTrainedModel, every: int, *, first_block: int = 0) -> int:
     """Recompute every n-th block in the backward pass.
 
     Args:
         model: a model of transformers.
         every: 0 for none, 1 for every block, n for every n-th.
+        first_block: number of the model's first block, where it is a pipeline stage.
 
     Returns:
         the number of blocks that are recomputed.
@@ -148,7 +156,7 @@ def enable_activation_checkpointing(model: PreTrainedModel, every: int) -> int:
     except ValueError as error:
         raise Refused(str(error), where="train.activation_checkpointing", remedy="Set train.activation_checkpointing=0.") from None
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(blocks, first_block):
         block.gradient_checkpointing = number % every == 0
     return sum(block.gradient_checkpointing for block in blocks)
 

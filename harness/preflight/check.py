@@ -36,11 +36,28 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True) -> d
         index = _prepare(loaded, speak=speak)
     check_fit(config, vocab_size=index.vocab_size, loaded=loaded)
     tables = {which: _table(loaded, which) for which in ("train", "validation")}
+    _stages(loaded, config)
     if loaded.run.model.path is not None:
         from harness.model.build import check_weights
 
         check_weights(loaded.run.model.path, config, where=f"model.path ({loaded.origin('model.path')})", trust_code=loaded.run.model.trust_code)
     return {"config": config, **tables}
+
+
+def _stages(loaded: Loaded, config: Any) -> None:
+    """What only a pipeline asks of the model."""
+    stages = loaded.run.engine.pipeline_stages
+    if stages == 1:
+        return
+    from harness.model.partition import check_stages, skeleton
+    from harness.model.families import family_of
+    from harness.model.stage import safetensors_folder
+
+    where = f"engine.pipeline_stages ({loaded.origin('engine.pipeline_stages')})"
+    family_of(config, where=where)
+    check_stages(skeleton(config), stages, where=where)
+    if loaded.run.model.path is not None:
+        safetensors_folder(loaded.run.model.path, where=f"model.path ({loaded.origin('model.path')})")
 
 
 def _prepare(loaded: Loaded, *, speak: bool) -> ShardSetIndex:

@@ -27,15 +27,18 @@ class MemoryPlan:
     checkpoint: int
 
 
-def plan_memory(parameters: int, ds_config: dict[str, Any], *, precision: str, ranks: int, local_ranks: int) -> MemoryPlan:
+def plan_memory(
+    parameters: int, ds_config: dict[str, Any], *, precision: str, ranks: int, local_ranks: int, all_parameters: int | None = None
+) -> MemoryPlan:
     """Place weights, gradients, masters and moments (ZeRO paper, section 3; Adam: 12 bytes a parameter in fp32).
 
     Args:
-        parameters: trained parameters of the model.
+        parameters: trained parameters of the model, or of the largest of its pipeline stages.
         ds_config: the merged DeepSpeed configuration.
         precision: fp32, bf16 or fp16.
         ranks: data-parallel ranks.
-        local_ranks: of them on one host.
+        local_ranks: ranks on one host.
+        all_parameters: of the whole model, where `parameters` is a stage's.
     """
     stage = int(zero(ds_config).get("stage", 0))
     weights = parameters * _BYTES[precision] / (ranks if stage >= 3 else 1)
@@ -46,5 +49,5 @@ def plan_memory(parameters: int, ds_config: dict[str, Any], *, precision: str, r
     placed[offload_device(ds_config, "optimizer")] += optimizer
     placed["cpu" if offload_device(ds_config, "optimizer") != "none" else "none"] += gradients
     return MemoryPlan(
-        device=round(placed["none"]), host=round(placed["cpu"] * local_ranks), nvme=round(placed["nvme"] * local_ranks), checkpoint=parameters * 12
+        device=round(placed["none"]), host=round(placed["cpu"] * local_ranks), nvme=round(placed["nvme"] * local_ranks), checkpoint=(all_parameters or parameters) * 12
     )

@@ -20,6 +20,7 @@ class Agreed:
         loss_sum: sum of token losses.
         aux_loss: mean of the auxiliary losses.
         finite: every rank's loss was finite.
+        idle_share: part of the step in which the mean rank of a pipeline waited for others; None where there is none.
     """
 
     stop: bool
@@ -27,10 +28,11 @@ class Agreed:
     loss_sum: float
     aux_loss: float
     finite: bool
+    idle_share: float | None = None
 
 
 class Agreement:
-    """One reduction of 40 bytes a step, read at the next boundary.
+    """One reduction of 64 bytes a step, read at the next boundary.
 
     Args:
         device: where the engine computes.
@@ -40,12 +42,21 @@ class Agreement:
         self.device = device
         self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def offer(self, loss_sum: torch.Tensor, aux_sum: torch.Tensor, *, stop: bool, save: bool) -> None:
-        """Start the reduction of this step; the one before must have been collected."""
+    def offer(self, loss_sum: torch.Tensor, aux_sum: torch.Tensor, *, stop: bool, save: bool, busy_s: float = 0.0, window_s: float = 0.0) -> None:
+        """Start the reduction of this step; the one before must have been collected.
+
+        Args:
+            loss_sum: this rank's sum of token losses, a float64 scalar.
+            aux_sum: its auxiliary losses.
+            stop: whether it was asked to stop.
+            save: whether it was asked to save.
+            busy_s: seconds that it worked in a pipeline.
+            window_s: on the first stage, seconds that the pipeline ran.
+        """
         assert self._pending is None, "collect() first"
-        flags = torch.tensor([float(stop), float(save)], dtype=torch.float64).to(self.device, non_blocking=True)
+        own = torch.tensor([float(stop), float(save), busy_s, window_s, float(window_s > 0.0)], dtype=torch.float64).to(self.device, non_blocking=True)
         broken = (~torch.isfinite(loss_sum)).double()
-        packed = torch.cat([flags, torch.stack([torch.nan_to_num(loss_sum, nan=0.0, posinf=0.0, neginf=0.0), aux_sum, broken])])
+        packed = torch.cat([own, torch.stack([torch.nan_to_num(loss_sum, nan=0.0, posinf=0.0, neginf=0.0), aux_sum, broken])])
         handle = distributed.all_reduce_sum(packed, wait=False)
         self._pending = (packed, handle)
 
@@ -57,5 +68,6 @@ class Agreement:
         self._pending = None
         if handle is not None:
             handle.wait()
-        stop, save, loss_sum, aux, broken = packed.tolist()
-        return Agreed(stop > 0, save > 0, loss_sum if not broken else float("nan"), aux, not broken)
+        stop, save, busy, window, num_windows, loss_sum, aux, broken = packed.tolist()
+        idle_share = 1.0 - (busy / distributed.size()) / (window / num_windows) if window else None
+        return Agreed(stop > 0, save > 0, loss_sum if not broken else float("nan"), aux, not broken, idle_share)

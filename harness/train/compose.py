@@ -29,7 +29,7 @@ from harness.train.attempt import Attempt
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Progress, Trainer
 from harness.train.schedule import Schedule
-from harness.world import World
+from harness.world import Grid, World
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,8 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     if world.is_main:
         write_description(run.run_path / "model", config, tokenizer, template)
         ledger.append(run.run_path, "start", attempt=number, ranks=world.size, host=world.host)
-    batch = batch_equation(loaded, world.size)
+    grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
+    batch = batch_equation(loaded, grid.dp_size)
     table = RowTable.of_run(run, "train")
     validation = RowTable.of_run(run, "validation")
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
@@ -106,7 +107,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
     loader = TrainLoader(
-        table, seed=run.train.seed, dp_rank=world.rank, dp_size=world.size, micro_batch=batch.micro_batch, global_rows=batch.rows,
+        table, seed=run.train.seed, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=batch.micro_batch, global_rows=batch.rows,
         start=progress.rows, total_rows=length.total_rows,
     )
     saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)
@@ -116,10 +117,11 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         schedule=build_schedule(run, steps=length.steps, rows_per_epoch=table.num_rows, batch_rows=batch.rows),
         total_steps=length.steps, rows_per_epoch=table.num_rows, agreement=Agreement(device), stop=stop, recorder=recorder,
         evaluate=lambda: evaluate(
-            engine, eval_batches(validation, dp_rank=world.rank, dp_size=world.size, micro_batch=evaluation_micro_batch)
+            engine, eval_batches(validation, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=evaluation_micro_batch)
         ),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
-        save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), progress=progress,
+        save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
+        progress=progress,
     )
     _announce(run, engine, batch, table, length, progress)
     try:
@@ -172,10 +174,10 @@ def _newest_checkpoint(run_dir: Path, table: RowTable) -> tuple[Path, Manifest] 
 
 
 def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, device: torch.device, found: Any) -> Any:
-    from harness.engine.zero import ZeroEngine
+    from harness.engine.open import open_engine
 
     started = time.perf_counter()
-    engine = ZeroEngine(run, config, ds_config, device=device, weights=None if found else run.model.path)
+    engine = open_engine(run, config, ds_config, device=device, weights=None if found else run.model.path)
     say(f"Model and optimizer built in {time.perf_counter() - started:.1f} s.")
     return engine
 
@@ -194,6 +196,11 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> P
     return progress
 
 
+def _note(run_dir: Path, kind: str, **facts: Any) -> None:
+    if distributed.rank() == 0:
+        ledger.append(run_dir, kind, **facts)
+
+
 def _asked(run_dir: Path, what: str) -> bool:
     request = run_dir / "control" / what
     if distributed.rank() == 0 and request.exists():
@@ -205,7 +212,8 @@ def _asked(run_dir: Path, what: str) -> bool:
 def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable, length: Length, progress: Progress) -> None:
     from harness.model.build import num_parameters
 
-    say(f"{num_parameters(engine.model):,} parameters, {run.engine.deepspeed}, {run.train.precision}; {batch.text()}")
+    stages = f" in {run.engine.pipeline_stages} pipeline stages" if run.engine.pipeline_stages > 1 else ""
+    say(f"{num_parameters(engine.whole_model()):,} parameters{stages}, {run.engine.deepspeed}, {run.train.precision}; {batch.text()}")
     say(f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled; steps {progress.step} to {length.steps}")
 
 
@@ -224,7 +232,8 @@ class Saver:
             "rows_consumed": progress.rows,
             "data_fingerprint": self.data_fingerprint,
             "run_file": self.run.model_dump(mode="json"),
-            "engine": "zero",
+            "engine": self.engine.name,
+            "pipeline_stages": self.run.engine.pipeline_stages,
             "zero_stage": self.engine.stage,
             "offload": {what: offload_device(self.ds_config, what) for what in ("optimizer", "param")},
             "parameters": self.engine.parameters(),

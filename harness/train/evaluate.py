@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from harness import distributed
 
 if TYPE_CHECKING:
     from harness.data.loader import Batch
-    from harness.engine.zero import ZeroEngine
+    from harness.engine.common import CommonEngine
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,9 @@ class Evaluation:
         return {"eval/loss": self.loss, "eval/perplexity": self.perplexity, "eval/token_accuracy": self.token_accuracy}
 
 
-def evaluate(engine: ZeroEngine, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(engine: CommonEngine, batches: Iterable[Batch]) -> Evaluation:
     """Run every batch; all ranks must hold equally many."""
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    for batch in batches:
-        sums += engine.eval_step(batch)
+    sums = engine.eval_sums(batches)
     distributed.all_reduce_sum(sums)
     loss_sum, tokens, right = sums.tolist()
     return Evaluation(loss_sum / max(tokens, 1), right / max(tokens, 1), int(tokens))

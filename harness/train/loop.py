@@ -19,7 +19,7 @@ from harness.train.schedule import Schedule
 if TYPE_CHECKING:
     from harness.data.loader import GlobalBatch, TrainLoader
     from harness.engine.steps import StepResult
-    from harness.engine.zero import ZeroEngine
+    from harness.engine.common import CommonEngine
     from harness.telemetry.recorder import Recorder
 
 
@@ -71,7 +71,7 @@ class Trainer:
     """What the loop uses, built and handed over by the composition root."""
 
     run: RunFile
-    engine: ZeroEngine
+    engine: CommonEngine
     loader: TrainLoader
     schedule: Schedule
     total_steps: int
@@ -83,6 +83,7 @@ class Trainer:
     answer: Callable[[], list[tuple[str, str]]]
     save: Callable[[Progress, dict[str, float]], None]
     save_requested: Callable[[], bool]
+    note: Callable[..., None]
     progress: Progress
 
     def fit(self) -> Evaluation:
@@ -147,7 +148,9 @@ class Trainer:
 
     def _open(self, batch: GlobalBatch, result: StepResult, *, lr: float, seconds: float) -> None:
         """Offer this step's sums to the other ranks."""
-        self.agreement.offer(result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested())
+        self.agreement.offer(
+            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested(), busy_s=result.busy_s, window_s=result.window_s
+        )
         positions = batch.rows * self.run.data.sequence_length
         self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions)
 
@@ -170,6 +173,8 @@ class Trainer:
         }
         if agreed.aux_loss:
             metrics["train/aux_loss"] = agreed.aux_loss
+        if agreed.idle_share is not None:
+            metrics["speed/pipeline_idle_share"] = agreed.idle_share
         self.recorder.step(step.step, metrics, rows=step.rows)
         return {name for name in ("stop", "save") if getattr(agreed, name)}
 
@@ -189,5 +194,8 @@ class Trainer:
         self.recorder.evaluation(step, evaluation.metrics(), rows=self.progress.rows)
         say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
             f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        if held_up := self.engine.balance():
+            say(f"step {step}: {held_up}")
+            self.note("imbalance", step=step, reason=held_up)
         for prompt, answer in self.answer():
             self.recorder.sample(step, prompt, answer)

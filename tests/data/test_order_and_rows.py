@@ -45,7 +45,11 @@ def test_packing_loses_nothing_and_never_overflows(sizes):
     assert sorted(piece for row in rows for piece in row) == list(range(len(sizes)))
     used = [sum(sizes[piece] for piece in row) for row in rows]
     assert max(used) <= 64
-    assert len(rows) <= -(-sum(sizes) // 64) * 11 / 9 + 1, "best-fit decreasing stays within 11/9 of the optimum"
+    assert len(rows) == 1 or sum(sorted(used)[:2]) > 64, "no two rows would fit into one"
+
+
+def test_packing_goes_from_the_longest_to_the_shortest():
+    assert len(best_fit(np.asarray([24, 40, 24, 40, 14, 50]), 64)) == 3
 
 
 @given(lengths=st.lists(st.integers(2, 200), min_size=1, max_size=30), length=st.integers(8, 64), how=st.sampled_from(["cut", "truncate", "drop"]))

@@ -29,6 +29,14 @@ def test_fine_tuning_beats_the_same_recipe_from_random_weights(tmp_path):
     assert list((folder / "finetune" / "tensorboard").glob("events.out.tfevents.*"))
     again = subprocess.run([sys.executable, "-m", "harness.cli.quickstart", "--dir", str(folder)], capture_output=True, text=True, timeout=200)
     assert again.returncode == 0 and again.stdout.count("already done") == 2, again.stdout + again.stderr
+    piped = subprocess.run(
+        [sys.executable, "-m", "harness.cli.quickstart", "--dir", str(folder), "--engine", "pipeline"], capture_output=True, text=True, timeout=600
+    )
+    assert piped.returncode == 0 and "2 pipeline stages" in piped.stdout and "What was learned" in piped.stdout, piped.stdout + piped.stderr
+    assert (folder / "finetuned-pipeline" / "model.safetensors").is_file()
+    through_stages = _evaluations(folder / "finetune-pipeline")
+    assert through_stages[0] == pytest.approx(_evaluations(folder / "finetune")[0], rel=1e-5), "the same weights and rows to begin with"
+    assert all(after < before for before, after in zip(through_stages, through_stages[1:], strict=False)), through_stages
     architecture = yaml.safe_load((RUNS / "quickstart_pretrain.yaml").read_text())["model"]["architecture"]
     random = harness(
         "launch", RUNS / "quickstart_finetune.yaml", f"run_dir={tmp_path / 'random'}", f"data.dir={folder / 'data' / 'questions'}",

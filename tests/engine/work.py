@@ -14,7 +14,7 @@ from harness.testing.rows import cut, random_rows
 ROWS, LENGTH, STEPS, LR, DECAY, CLIP = 8, 32, 20, 1e-3, 0.1, 0.5
 
 
-def run_file(*, micro_batch: int = 1, checkpointing: int = 0, precision: str = "fp32", seed: int = 0) -> Any:
+def run_file(*, micro_batch: int = 1, checkpointing: int = 0, precision: str = "fp32", seed: int = 0, stages: int = 1) -> Any:
     from harness.config.schema import RunFile
 
     return RunFile.model_validate({
@@ -22,7 +22,7 @@ def run_file(*, micro_batch: int = 1, checkpointing: int = 0, precision: str = "
         "model": {"architecture": {"model_type": "gpt2"}},
         "train": {"steps": STEPS, "global_batch_rows": ROWS, "micro_batch": micro_batch, "precision": precision, "clip": CLIP, "seed": seed,
                   "activation_checkpointing": checkpointing},
-        "optimizer": {"lr": LR, "weight_decay": DECAY},
+        "optimizer": {"lr": LR, "weight_decay": DECAY}, "engine": {"pipeline_stages": stages},
     })
 
 
@@ -38,18 +38,21 @@ def ds_config(name: str, run: Any, *, ranks: int, nvme: str) -> dict[str, Any]:
 
 
 def train(name: str, kind: str, micro_batch: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Train STEPS steps on this rank; every rank returns losses and norms, rank 0 the weights as well."""
+    """Train STEPS steps on this rank; every rank returns losses, norms and weights."""
     from harness import distributed
-    from harness.engine.zero import ZeroEngine
+    from harness.engine.open import open_engine
+    from harness.world import Grid
 
-    run = run_file(micro_batch=micro_batch, checkpointing=options.get("checkpointing", 0), precision=options.get("precision", "fp32"))
-    config = tiny_config(kind, dropout=options.get("dropout", 0.0), width=options.get("width", 32), vocabulary=options.get("vocabulary", VOCABULARY))
-    merged = ds_config(name, run, ranks=distributed.size(), nvme=options.get("nvme", "unused"))
-    engine = ZeroEngine(run, config, copy.deepcopy(merged), device=torch.device("cpu"), weights=options.get("weights"))
+    stages = options.get("stages", 1)
+    run = run_file(micro_batch=micro_batch, checkpointing=options.get("checkpointing", 0), precision=options.get("precision", "fp32"), stages=stages)
+    config = tiny_config(kind, **{key: options[key] for key in ("dropout", "width", "vocabulary", "layers", "tied") if key in options})
+    grid = Grid(stages, distributed.size(), distributed.rank())
+    merged = ds_config(name, run, ranks=grid.dp_size, nvme=options.get("nvme", "unused"))
+    engine = open_engine(run, config, copy.deepcopy(merged), device=torch.device("cpu"), weights=options.get("weights"))
     apply_fault(engine, options.get("fault"))
     losses, norms = [], []
     for step in range(1, options.get("steps", STEPS) + 1):
-        batch = cut(random_rows(step, rows=ROWS, length=LENGTH, vocabulary=VOCABULARY), micro_batch=micro_batch, rank=distributed.rank(), ranks=distributed.size())
+        batch = cut(random_rows(step, rows=ROWS, length=LENGTH, vocabulary=VOCABULARY), micro_batch=micro_batch, rank=grid.dp_rank, ranks=grid.dp_size)
         result = engine.train_step(batch, step=step, lr=LR)
         assert result.applied
         total = result.loss_sum.clone()
@@ -74,6 +77,11 @@ def masters(engine: Any) -> dict[str, np.ndarray]:
     return {name: values.reshape(engine.parameters()[name]["shape"]) for name, values in whole.items()}
 
 
+def own_tokens(labels: Any) -> int:
+    """What a micro-batch would divide by if it took its own mean."""
+    return max(1, int((labels != -100).sum())) * (ROWS // len(labels))
+
+
 def apply_fault(engine: Any, fault: str | None) -> None:
     """Plant what the comparison must notice."""
     groups = engine.param_groups
@@ -84,18 +92,18 @@ def apply_fault(engine: Any, fault: str | None) -> None:
         for group in groups:
             group["weight_decay"] = 0.0
     elif fault == "mean of means":
-        forward = engine._forward
-
-        def alike(micro: Any, *, tokens: int) -> Any:
-            return forward(micro, tokens=max(1, int((micro.labels != -100).sum())) * (ROWS // len(micro.labels)))
-
-        engine._forward = alike
+        if engine.name == "pipeline":
+            loss = engine.layer.loss
+            engine.layer.loss = lambda logits, labels, *, tokens: loss(logits, labels, tokens=own_tokens(labels))
+        else:
+            forward = engine._forward
+            engine._forward = lambda micro, *, tokens: forward(micro, tokens=own_tokens(micro.labels))
     elif fault == "16-bit weights":
         step = engine.train_step
 
         def rounded(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
-                for parameter in engine.model.parameters():
+                for parameter in engine.deepspeed.module.parameters():
                     held = getattr(parameter, "ds_tensor", parameter)
                     held.data.copy_(held.data.bfloat16().float())
             return step(*args, **kwargs)
@@ -103,11 +111,11 @@ def apply_fault(engine: Any, fault: str | None) -> None:
         engine.train_step = rounded
 
 
-def plain(kind: str) -> dict[str, Any]:
+def plain(kind: str, **options: Any) -> dict[str, Any]:
     """One process, plain PyTorch and transformers: the reference."""
     from harness.model.build import build, decay_groups
 
-    model = build(tiny_config(kind), path=None, precision="fp32", seed=0, zero3=False).train()
+    model = build(tiny_config(kind, **options), path=None, precision="fp32", seed=0, zero3=False).train()
     optimizer = torch.optim.AdamW(decay_groups(model, DECAY), lr=LR)
     losses, norms = [], []
     for step in range(1, STEPS + 1):

@@ -1,0 +1,135 @@
+"""What both engines share: the optimizer's groups, slices of its state, and the one call of `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.engine import loss_scale, slices
+from harness.engine.stage0 import guard_stage0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from harness.config.schema import RunFile
+    from harness.data.loader import Batch, GlobalBatch
+    from harness.engine.steps import StepResult
+
+
+class CommonEngine(ABC):
+    """One step interface over DeepSpeed; the loop knows nothing of what is behind it.
+
+    Attributes:
+        name: of the engine, as a checkpoint's manifest has it.
+        run: the run file.
+        device: where this rank computes.
+        stage: of ZeRO.
+        deepspeed: DeepSpeed's own engine.
+    """
+
+    name: str
+    run: RunFile
+    device: torch.device
+    stage: int
+    deepspeed: Any
+
+    @abstractmethod
+    def train_step(self, batch: GlobalBatch, *, step: int, lr: float) -> StepResult:
+        """Forward, backward and update for one global batch."""
+
+    @abstractmethod
+    def eval_sums(self, batches: Iterable[Batch]) -> torch.Tensor:
+        """Sums over the trained tokens of this rank's micro-batches."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], *, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[list[int]]:
+        """Answer each prompt greedily, on all ranks together."""
+
+    @abstractmethod
+    def parameter_names(self) -> dict[int, str]:
+        """Identity of each parameter that this rank holds -> its Hugging Face name, tied ones once."""
+
+    @abstractmethod
+    def whole_model(self) -> PreTrainedModel:
+        """The whole model, for its names, shapes and types; its weights need not be there."""
+
+    def balance(self) -> str:
+        """A sentence about a rank that holds the others up, since the last call, or an empty one. Collective."""
+        return ""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with the hyper-parameters in force."""
+        return self.deepspeed.optimizer.param_groups
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def grad_norm(self) -> float:
+        """Gradient norm of the last step before clipping, over all ranks."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm if norm is not None else float("nan"))
+
+    def loss_scale(self) -> dict[str, float]:
+        """State of dynamic loss scaling, for a checkpoint; empty unless the run is in fp16."""
+        return loss_scale.loss_scale_state(self.deepspeed)
+
+    def restore_loss_scale(self, state: dict[str, float]) -> None:
+        """Put back what `loss_scale` gave."""
+        loss_scale.restore_loss_scale(self.deepspeed, state)
+
+    def named_slices(self) -> Iterator[slices.SliceGroup]:
+        """The slices of master weights and moments that this rank owns, a bounded group at a time."""
+        return slices.named_slices(self.deepspeed, self.parameter_names())
+
+    def load_slices(self, read: Callable[[str, str, int, int], torch.Tensor], *, step: int) -> None:
+        """Take weights and moments from `read(kind, name, offset, length)`; `step` is Adam's step count."""
+        slices.load_slices(self.deepspeed, self.parameter_names(), read, step=step)
+
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Shape and dtype of every parameter of the whole model, tied ones once, by its Hugging Face name."""
+        return {
+            name: {"shape": list(getattr(p, "ds_shape", p.shape)), "dtype": str(p.dtype).removeprefix("torch.")}
+            for name, p in self.whole_model().named_parameters()
+        }
+
+    def tied(self) -> dict[str, str]:
+        """Alias -> name of every parameter that stands in the model twice."""
+        first: dict[int, str] = {}
+        aliases = {}
+        for name, parameter in self.whole_model().named_parameters(remove_duplicate=False):
+            if first.setdefault(id(parameter), name) != name:
+                aliases[name] = first[id(parameter)]
+        return aliases
+
+    def put(self, array: Any) -> torch.Tensor:
+        """An array of the loader on the device, as int64."""
+        return torch.as_tensor(array).to(self.device, torch.int64, non_blocking=True)
+
+    def close(self) -> None:
+        """Free DeepSpeed's threads, hooks and swap files."""
+        self.deepspeed.destroy()
+
+
+def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], *, fp32: bool) -> Any:
+    """DeepSpeed's engine, which skips a step with a non-finite gradient whatever its stage and precision.
+
+    Args:
+        model: of transformers, or a `PipelineModule`.
+        optimizer: over its parameters.
+        ds_config: the merged configuration.
+        fp32: whether the model is trained in fp32, where DeepSpeed would apply such a step.
+    """
+    import deepspeed
+
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if fp32 and engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.check_grad_overflow = True
+    if fp32 and engine.zero_optimization_stage() == 0:
+        guard_stage0(engine)
+    return engine
