@@ -77,7 +77,7 @@ def harness_loop(name: str, micro_batch: int, steps: int, device: Any) -> dict[s
         agreement.collect()
         agreement.offer(result.loss_sum, result.aux_loss_sum, stop=False, save=False)
 
-    answer = _timed(step, steps) | {"flops": flops_per_token(num_parameters(engine.model), config)}
+    answer = _timed(step, steps) | {"flops": flops_per_token(num_parameters(engine.whole_model()), config)}
     engine.close()
     return answer
 

@@ -2,7 +2,9 @@
 
 Counts are the same on every run; seconds are shown as ratios of loops that ran side by side and mean little on a busy machine.
 
-usage: python benchmarks/step.py [--deepspeed NAME] [--layers N] [--rounds N]
+With `--stages N` it measures instead how long the stages of a pipeline wait for each other, beside what the schedule says.
+
+usage: python benchmarks/step.py [--deepspeed NAME] [--layers N] [--rounds N] [--stages N]
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 MICRO, ACCUMULATION, LENGTH, VOCABULARY, WIDTH = 2, 2, 64, 512, 64
 WARM_UP, COUNTED, TIMED = 3, 2, 10
+PIPELINE_LENGTH, PIPELINE_WIDTH = 256, 256
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_gather_single", "reduce_scatter", "reduce_scatter_tensor",
                "reduce_scatter_single", "_reduce_scatter_base", "broadcast", "reduce", "all_to_all_single", "barrier", "all_gather_object", "broadcast_object_list")
 
@@ -204,6 +207,57 @@ def trainer_loop(name: str, layers: int) -> dict[str, Any]:
     return {"calls": meter.calls / COUNTED, "collectives": {k: v / COUNTED for k, v in sorted(meter.collectives.items())}, "seconds": seconds}
 
 
+def idle_shares(stages: int, layers: int, micro_batches: int) -> float:
+    """The median idle share of a pipeline of equal stages, as `speed/pipeline_idle_share` has it."""
+    import torch
+
+    from harness import distributed
+    from harness.config.batch import BatchEquation
+    from harness.config.deepspeed import merge
+    from harness.config.load import Loaded
+    from harness.config.schema import RunFile
+    from harness.engine.pipeline import PipelineEngine
+    from harness.resilience.agreement import Agreement
+    from harness.testing.models import tiny_config
+    from harness.testing.rows import cut, random_rows
+
+    rows = MICRO * micro_batches
+    run = RunFile.model_validate({
+        "run_dir": "unused", "data": {"dir": "unused", "train": {"path": "unused"}, "sequence_length": PIPELINE_LENGTH},
+        "model": {"architecture": {"model_type": "llama"}}, "train": {"steps": 1, "global_batch_rows": rows, "micro_batch": MICRO, "precision": "fp32"},
+        "engine": {"deepspeed": "zero1", "pipeline_stages": stages},
+    })
+    ds_config = merge(Loaded(run, {}), BatchEquation(rows, MICRO, micro_batches, 1, PIPELINE_LENGTH, stages))
+    config = tiny_config("llama", layers=layers, width=PIPELINE_WIDTH, vocabulary=64)
+    engine = PipelineEngine(run, config, ds_config, device=torch.device("cpu"), weights=None)
+    agreement, shares = Agreement(engine.device), []
+    batch = cut(random_rows(1, rows=rows, length=PIPELINE_LENGTH, vocabulary=64), micro_batch=MICRO, rank=0, ranks=1)
+    for step in range(WARM_UP + TIMED):
+        result = engine.train_step(batch, step=step + 1, lr=1e-4)
+        agreement.offer(result.loss_sum, result.aux_loss_sum, stop=False, save=False, busy_s=result.busy_s, window_s=result.window_s)
+        shares.append(agreement.collect().idle_share)
+    engine.close()
+    distributed.barrier()
+    return statistics.median(shares[WARM_UP:])
+
+
+def show_idle_shares(stages: int, layers: int) -> None:
+    """Print measured and scheduled idle shares for growing numbers of micro-batches."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness.preflight.stages import bubble
+    from harness.testing.pool import RankPool
+
+    pool = RankPool(stages)
+    table = Table("micro-batches", "(p - 1) / (m + p - 1)", "measured", title=f"idle share, {stages} stages of {layers // stages} equal blocks", title_justify="left")
+    for micro_batches in (1, 2, 4, 8, 16):
+        measured = pool.run(idle_shares, stages, layers, micro_batches)[0]
+        table.add_row(str(micro_batches), f"{bubble(stages, micro_batches):.1%}", f"{measured:.1%}")
+    pool.close()
+    Console(width=150).print(table)
+
+
 LOOPS = {"harness": harness_loop, "bare DeepSpeed": bare_loop, "Trainer": trainer_loop}
 
 
@@ -233,9 +287,13 @@ def main() -> int:
     parser.add_argument("--deepspeed", default="zero3")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=1)
     arguments = parser.parse_args()
     os.environ.update(operators.environment())
     os.environ["PYTHONPATH"] = f"{Path(__file__).resolve().parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    if arguments.stages > 1:
+        show_idle_shares(arguments.stages, arguments.layers)
+        return 0
     results = compare(arguments.deepspeed, arguments.layers, arguments.rounds)
     base = results["bare DeepSpeed"]
     table = Table("loop", "Python calls a step", "to bare", "collectives a step", "median step to bare",

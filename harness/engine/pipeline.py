@@ -110,7 +110,7 @@ class PipelineEngine(CommonEngine):
         self._seeds: list[tuple[int, int]] = []
         module = StageModule(stage, self.grid, self._loss)
         self.deepspeed = initialize(module, optimizer, ds_config, fp32=run.train.precision == "fp32")
-        self.clock = Clock(device)
+        self.clock, self._whole = Clock(device), skeleton(config, DTYPES[run.train.precision])
         self._worked: list[float] = []
         take_over(self.deepspeed, self.clock, self._before_forward)
 
@@ -236,7 +236,7 @@ class PipelineEngine(CommonEngine):
 
     def whole_model(self) -> PreTrainedModel:
         """The whole model on torch's meta device."""
-        return skeleton(self.config, DTYPES[self.run.train.precision])
+        return self._whole
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""

@@ -11,8 +11,8 @@ from harness import distributed
 from harness.config.deepspeed import offload_device, zero
 from harness.config.schema import RunFile
 from harness.engine.common import CommonEngine, initialize
-from harness.engine.optimizer import build_optimizer
 from harness.engine.holdings import parameter_names
+from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 

@@ -49,8 +49,8 @@ def _stages(loaded: Loaded, config: Any) -> None:
     stages = loaded.run.engine.pipeline_stages
     if stages == 1:
         return
-    from harness.model.partition import check_stages, skeleton
     from harness.model.families import family_of
+    from harness.model.partition import check_stages, skeleton
     from harness.model.stage import safetensors_folder
 
     where = f"engine.pipeline_stages ({loaded.origin('engine.pipeline_stages')})"

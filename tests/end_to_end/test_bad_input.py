@@ -33,6 +33,17 @@ def _folder_model(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def _pickled(folder: Path) -> Path:
+    """A model folder whose weights are in no safetensors file."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = _folder_model(folder) / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
 PAIR = {"question": "What?", "answer": "That."}
 CASES = {
     "unknown key": (lambda t: ["train.stepz=3"], "Did you mean `steps`?"),
@@ -45,6 +56,16 @@ CASES = {
     "broken DeepSpeed file": (lambda t: [f"engine.deepspeed={_file(t / 'ds.json', '{')}"], "not valid JSON"),
     "absent DeepSpeed file": (lambda t: ["engine.deepspeed=zero4"], "no DeepSpeed configuration"),
     "stage and pipeline together": (lambda t: ["engine.deepspeed=zero3", "engine.pipeline_stages=2"], "cannot be used inside"),
+    "fewer blocks than stages": (lambda t: ["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.architecture.n_layer=1"], "1 blocks, too few for 2"),
+    "a family that cannot be cut": (lambda t: [
+        "engine.deepspeed=zero1", "engine.pipeline_stages=2",
+        "model.architecture={model_type: bloom, n_layer: 2, hidden_size: 32, n_head: 4, vocab_size: 320}",
+    ], "'bloom' cannot be cut"),
+    "stages from pickled weights": (lambda t: [
+        "engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.architecture=null", f"model.path={_pickled(t / 'model')}",
+    ], "has no safetensors files"),
+    "ranks that do not divide into stages": (lambda t: ["engine.deepspeed=zero1", "engine.pipeline_stages=3"], "do not divide into pipelines"),
+    "no ZeRO, bf16, gradients in fp32": (lambda t: [f"engine.deepspeed={_file(t / 'ds.json', '{}')}", "train.precision=bf16"], "without ZeRO"),
     "NVMe without a folder": (lambda t: ["engine.deepspeed=zero3_offload_nvme"], "needs a folder"),
     "fp16 on a CPU": (lambda t: ["train.precision=fp16"], "fp16 needs a GPU"),
     "another world size": (lambda t: ["launch.ranks=3", "train.global_batch_rows=12"], "asks for 3 ranks"),

@@ -119,7 +119,7 @@ def test_exports_from_two_and_from_four_stages_agree(run_file, tmp_path):
     found = []
     for stages in (2, 4):
         words = [f"run_dir={tmp_path / str(stages)}", "model.architecture.n_layer=4", "model.dropout=0", "engine.deepspeed=zero1",
-                 f"engine.pipeline_stages={stages}", f"launch.ranks={stages}", "evaluation.prompts=[What is the tone of 0?]"]
+                 f"engine.pipeline_stages={stages}", f"launch.ranks={stages}", "evaluation.prompts=['What is the tone of 0?']"]
         done = harness("launch", run_file, *words)
         assert done.code == 0, done.output
         assert harness("export", tmp_path / str(stages), "--to", tmp_path / f"folder-{stages}").code == 0

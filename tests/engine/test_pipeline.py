@@ -136,6 +136,29 @@ def test_fewer_micro_batches_than_stages(ranks4):
     check(ranks4.run(work.train, "zero1", "gpt2", 4, {"layers": LAYERS, "stages": 4}), reference("gpt2", True))
 
 
+def one_stage() -> tuple[list[float], list[float]]:
+    """Losses of the pipeline engine with a single stage, which needs no peer, and the sums of an evaluation."""
+    from harness.engine.pipeline import PipelineEngine
+
+    run = work.run_file(micro_batch=2)
+    engine = PipelineEngine(run, tiny_config("gpt2", layers=LAYERS), work.ds_config("zero1", run, ranks=1, nvme=""), device=torch.device("cpu"), weights=None)
+    losses = []
+    for step in range(1, 6):
+        result = step_of(engine, step)
+        losses.append(result.loss_sum.item() / result.trained_tokens)
+    rows = cut(random_rows(9, rows=70, length=work.LENGTH, vocabulary=VOCABULARY), micro_batch=1, rank=0, ranks=1)
+    sums = engine.eval_sums(rows.micro_batches).tolist()
+    assert engine.eval_sums(rows.micro_batches[:1]).tolist()[1] > 0, "an evaluation may be smaller than a step"
+    engine.close()
+    return losses, [sums[1], float(rows.trained_tokens)]
+
+
+def test_a_pipeline_of_one_stage_is_the_same_code(ranks1):
+    losses, (counted, trained) = ranks1.run(one_stage)[0]
+    assert losses == pytest.approx(reference("gpt2", True)["losses"][:5], rel=LOSS)
+    assert counted == trained, "more micro-batches than go through together, each once"
+
+
 def not_finite(name: str) -> list[Any]:
     engine = opened(name, "gpt2", stages=2)
     before = work.masters(engine)
