@@ -23,6 +23,7 @@ setup(
         "transformers>=5.17,<5.24",
         "accelerate>=1.1.0",
         "datasets>=5.0",
+        "charset-normalizer>=3",
         "tokenizers",
         "safetensors",
         "tensorboard",

@@ -17,6 +17,7 @@ VERBS = {
     "train": "one rank of a run: what launchers end in",
     "export": "a Hugging Face folder from a checkpoint",
     "generate": "answer a prompt with an exported folder",
+    "data": "which documents a step trained on; when a row was trained",
 }
 
 
@@ -43,6 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
     added["generate"].add_argument("--max-new-tokens", type=int, default=128)
     added["generate"].add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     added["generate"].add_argument("--seed", type=int, default=0, help="of sampling")
+    actions = added["data"].add_subparsers(dest="action", required=True, metavar="show|where")
+    for name, text in (("show", "the documents that a step trained on"), ("where", "when a row was or will be trained")):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("set", metavar="SET", help="folder of the prepared training set")
+        if name == "where":
+            action.add_argument("row", type=int, metavar="ROW")
+        else:
+            action.add_argument("--step", type=int, required=True)
+        action.add_argument("--run", required=True, metavar="RUN_DIR", help="the run that trained on it")
     return parser
 
 

@@ -88,6 +88,9 @@ class Data(Section):
     long_documents: Literal["cut", "truncate", "drop"] = fixed(
         "cut", description="A document longer than a row is cut into pieces, loses its end, or is dropped."
     )
+    window_shards: Positive = fixed(
+        16, description="Shards whose rows are shuffled together: more mix better, fewer are needed at a time."
+    )
     max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
     num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core.")
 

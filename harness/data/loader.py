@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.order import row_ids
+from harness.data.order import Order
 from harness.data.rows import RowTable
 
 EMPTY = -1
@@ -112,7 +112,7 @@ class TrainLoader:
 
     Args:
         table: rows of the training set.
-        seed: of the order.
+        order: in which they are trained.
         dp_rank: this data-parallel rank.
         dp_size: data-parallel ranks.
         micro_batch: rows of a forward pass.
@@ -125,7 +125,7 @@ class TrainLoader:
     """
 
     table: RowTable
-    seed: int
+    order: Order
     dp_rank: int
     dp_size: int
     micro_batch: int
@@ -182,7 +182,7 @@ class TrainLoader:
         """The global batch that starts at `position`, for this rank."""
         real = self.global_rows if self.total_rows is None else min(self.global_rows, self.total_rows - position)
         rows = np.full(self.global_rows, EMPTY, np.int64)
-        rows[:real] = row_ids(position, real, num_rows=self.table.num_rows, seed=self.seed)
+        rows[:real] = self.order.rows(position, real)
         trained = int(self.table.trained_tokens(rows[:real]).sum())
         slots = self.global_rows // (self.micro_batch * self.dp_size)
         firsts = [(slot * self.dp_size + self.dp_rank) * self.micro_batch for slot in range(slots)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
+from harness.data.order import Order
 from harness.errors import Failure
 from harness.formats.index import ShardSetIndex, read_index
 
@@ -53,6 +54,11 @@ class RowTable:
         """Share of positions that hold a token of a document."""
         filled = int((self.pieces[:, 3] - self.pieces[:, 2]).sum())
         return filled / max(1, self.num_rows * self.sequence_length)
+
+    def order(self, *, seed: int, window_shards: int) -> Order:
+        """The order in which a run trains on these rows."""
+        shards = self.pieces[self.starts[:-1], 0]
+        return Order(np.bincount(shards, minlength=len(self.index.shards)), seed, window_shards)
 
     def trained_tokens(self, row_ids: np.ndarray) -> np.ndarray:
         """int64 [n]: how many labels of each row are trained."""

@@ -123,7 +123,7 @@ def _from_files(source: Source, data: Data, *, key: str, cache: Path) -> Dataset
         for path in paths:
             _check_encoding(path, source.encoding, key)
     if kind == "jsonl":
-        _check_json_lines(paths, columns_of(data), key)
+        _check_json_lines(paths, columns_of(data), source.encoding)
     if kind == "text":
         rows = [{data.columns.text: text} for path in paths for text in _documents(path, source.encoding)]
         return datasets.Dataset.from_list(rows)
@@ -148,14 +148,28 @@ def _check_encoding(path: Path, encoding: str, key: str) -> None:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
                 pending = len(error.object) - len(block)
-                raise Refused(f"{path} is not {encoding}: byte {place - pending + error.start} cannot be decoded.", where=f"{path} ({key}.path)",
-                              remedy=f"Save the file as {encoding}, or set `{key}.encoding` to its encoding.") from None
+                likely = _likely_encoding(path)
+                raise Refused(
+                    f"{path} is not {encoding}: byte {place - pending + error.start} cannot be decoded.", where=f"{path} ({key}.path)",
+                    remedy=f"Save the file as {encoding}, or set `{key}.encoding` to its encoding" + (f"; it looks like {likely}." if likely else "."),
+                ) from None
             place += len(block)
 
 
-def _check_json_lines(paths: list[Path], needed: list[str], key: str) -> None:
+def _likely_encoding(path: Path) -> str | None:
+    """What the first MiB looks like; GB18030 for all that it contains (GB2312, GBK)."""
+    from charset_normalizer import from_bytes
+
+    with open(path, "rb") as stream:
+        found = from_bytes(stream.read(1 << 20)).best()
+    if found is None:
+        return None
+    return "gb18030" if found.encoding in ("gb2312", "gbk", "hz") else found.encoding
+
+
+def _check_json_lines(paths: list[Path], needed: list[str], encoding: str) -> None:
     for path in paths:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding=encoding) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue

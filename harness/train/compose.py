@@ -107,7 +107,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
     loader = TrainLoader(
-        table, seed=run.train.seed, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=batch.micro_batch, global_rows=batch.rows,
+        table, table.order(seed=run.train.seed, window_shards=run.data.window_shards), dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=batch.micro_batch, global_rows=batch.rows,
         start=progress.rows, total_rows=length.total_rows,
     )
     saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)

@@ -8,34 +8,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.data.loader import UNTRAINED, TokenReader, TrainLoader, eval_batches
-from harness.data.order import row_ids
+from harness.data.order import Order
 from harness.data.rows import RowTable, best_fit, cut, trained_in_pieces
 
 
-@given(num_rows=st.integers(1, 3000), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 50))
-@settings(max_examples=60, deadline=None)
-def test_an_epoch_is_a_permutation(num_rows, seed, epoch):
-    rows = row_ids(epoch * num_rows, num_rows, num_rows=num_rows, seed=seed)
-    assert np.array_equal(np.sort(rows), np.arange(num_rows))
+SHARDS = st.lists(st.integers(0, 400), min_size=1, max_size=12).filter(sum)
+SEEDS = st.integers(0, 2**31 - 1)
 
 
-@given(num_rows=st.integers(2, 500), seed=st.integers(0, 1000), start=st.integers(0, 2000), count=st.integers(1, 300), split=st.integers(0, 300))
-@settings(max_examples=60, deadline=None)
-def test_any_cursor_continues_the_same_sequence(num_rows, seed, start, count, split):
-    split = min(split, count)
-    whole = row_ids(start, count, num_rows=num_rows, seed=seed)
-    parts = [row_ids(start, split, num_rows=num_rows, seed=seed), row_ids(start + split, count - split, num_rows=num_rows, seed=seed)]
-    assert np.array_equal(whole, np.concatenate(parts))
+def ordered(shards: list[int], *, seed: int = 0, window: int = 3) -> Order:
+    return Order(np.asarray(shards), seed, window)
+
+
+@given(shards=SHARDS, seed=SEEDS, window=st.integers(1, 14), epoch=st.integers(0, 50))
+@settings(max_examples=80, deadline=None)
+def test_an_epoch_is_a_permutation(shards, seed, window, epoch):
+    order = ordered(shards, seed=seed, window=window)
+    rows = order.rows(epoch * order.num_rows, order.num_rows)
+    assert np.array_equal(np.sort(rows), np.arange(order.num_rows))
+
+
+@given(shards=SHARDS, seed=SEEDS, start=st.integers(0, 9000), count=st.integers(1, 300), split=st.integers(0, 300))
+@settings(max_examples=80, deadline=None)
+def test_any_cursor_continues_the_same_sequence(shards, seed, start, count, split):
+    order, split = ordered(shards, seed=seed), min(split, count)
+    parts = [order.rows(start, split), order.rows(start + split, count - split)]
+    assert np.array_equal(order.rows(start, count), np.concatenate(parts))
+
+
+@given(shards=SHARDS, seed=SEEDS, window=st.integers(1, 5), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_every_row_knows_its_position(shards, seed, window, data):
+    order = ordered(shards, seed=seed, window=window)
+    position = data.draw(st.integers(0, 3 * order.num_rows - 1))
+    row = int(order.rows(position, 1)[0])
+    assert order.position(row, epoch=position // order.num_rows) == position
+
+
+@given(shards=SHARDS, seed=SEEDS, window=st.integers(1, 4))
+@settings(max_examples=80, deadline=None)
+def test_few_shards_are_needed_at_a_time(shards, seed, window):
+    """From its first row to its last a shard is in use, and never more of them than a window holds."""
+    order = ordered(shards, seed=seed, window=window)
+    shard_of = np.repeat(np.arange(len(shards)), shards)[order.rows(0, order.num_rows)]
+    in_use = np.zeros(order.num_rows, int)
+    for shard in np.unique(shard_of):
+        places = np.flatnonzero(shard_of == shard)
+        in_use[places[0] : places[-1] + 1] += 1
+    assert in_use.max() <= window
 
 
 def test_epochs_and_seeds_differ():
-    one, two = (row_ids(first, 100, num_rows=100, seed=0) for first in (0, 100))
+    one, two = (ordered([100]).rows(first, 100) for first in (0, 100))
     assert not np.array_equal(one, two)
-    assert not np.array_equal(one, row_ids(0, 100, num_rows=100, seed=1))
+    assert not np.array_equal(one, ordered([100], seed=1).rows(0, 100))
+    shards = [np.repeat(np.arange(9), 10)[ordered([10] * 9, window=1).rows(first, 90)][::10].tolist() for first in (0, 90)]
+    assert shards[0] != shards[1] and shards[0] != sorted(shards[0]), "the shards are shuffled too"
 
 
 def test_a_billion_rows_cost_nothing():
-    assert len(set(row_ids(10**9 - 5, 10, num_rows=10**9, seed=3).tolist())) == 10
+    order = ordered([10**6] * 1000, seed=3, window=16)
+    assert len(set(order.rows(10**9 - 5, 10).tolist())) == 10
 
 
 @given(sizes=st.lists(st.integers(1, 64), min_size=1, max_size=200))
@@ -89,7 +122,7 @@ def test_counts_from_the_index_are_what_the_batches_hold(table):
 @pytest.mark.parametrize("ranks, micro_batch", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
 def test_every_cut_reads_the_same_global_batches(table, ranks, micro_batch):
     def first_batches(rank: int, size: int, micro: int, start: int) -> list:
-        loader = TrainLoader(table, seed=5, dp_rank=rank, dp_size=size, micro_batch=micro, global_rows=8, start=start)
+        loader = TrainLoader(table, table.order(seed=5, window_shards=2), dp_rank=rank, dp_size=size, micro_batch=micro, global_rows=8, start=start)
         batches = [batch for batch, _ in zip(loader, range(4), strict=False)]
         loader.close()
         return batches
@@ -106,7 +139,7 @@ def test_every_cut_reads_the_same_global_batches(table, ranks, micro_batch):
 
 
 def test_the_last_batch_is_filled_with_rows_without_trained_tokens(table):
-    loader = TrainLoader(table, seed=5, dp_rank=0, dp_size=1, micro_batch=8, global_rows=8, start=0, total_rows=11)
+    loader = TrainLoader(table, table.order(seed=5, window_shards=2), dp_rank=0, dp_size=1, micro_batch=8, global_rows=8, start=0, total_rows=11)
     first, last = list(loader)
     loader.close()
     assert (first.rows, last.rows) == (8, 3)
@@ -123,7 +156,7 @@ def test_evaluation_sees_every_row_once_with_equal_work(table, ranks, micro_batc
 
 def test_a_loader_that_fails_says_so_where_it_is_used(table, monkeypatch):
     monkeypatch.setattr(TrainLoader, "global_batch", lambda *_: 1 / 0)
-    loader = TrainLoader(table, seed=5, dp_rank=0, dp_size=1, micro_batch=8, global_rows=8)
+    loader = TrainLoader(table, table.order(seed=5, window_shards=2), dp_rank=0, dp_size=1, micro_batch=8, global_rows=8)
     with pytest.raises(ZeroDivisionError):
         next(iter(loader))
     loader.close()

@@ -79,3 +79,26 @@ def test_a_strangers_data(model_folder, tmp_path):
     assert answered.code == 0, answered.output
     assert answered.output.count(f"> {question}\nIt is ") == 2, answered.output
 
+
+
+def test_a_chinese_corpus_in_its_own_encoding(run_file, tmp_path):
+    """GB18030 as CSV: named wrong at first, then right, with a broken row on the way; trained, exported, and every step accounted for."""
+    rows = [f"什么是第{n}号药物？,它是第{n * 7 % 23}类药物，每日服用{n % 4 + 1}次。" for n in range(24)]
+    path = tmp_path / "药物.csv"
+    path.write_bytes("\n".join(["问题,回答", *rows]).encode("gb18030"))
+    words = [f"data.train.path={path}", "data.validation=null", "data.validation_share=0.2", "data.columns.prompt=问题", "data.columns.completion=回答",
+             "train.steps=3", "launch.ranks=1", "evaluation.every_steps=null", "checkpoint.every_steps=null"]
+    wrong = harness("prepare", run_file, *words)
+    assert wrong.code == 2 and "is not utf-8: byte 0 cannot be decoded" in wrong.output and "it looks like gb18030" in wrong.output, wrong.output
+    words.append("data.train.encoding=gb18030")
+    path.write_bytes("\n".join(["问题,回答", *rows[:9], "a,b,c", *rows[9:]]).encode("gb18030"))
+    broken = harness("prepare", run_file, *words)
+    assert broken.code == 2 and "line 11" in broken.output and path.name in broken.output and "Traceback" not in broken.output, broken.output
+    path.write_bytes("\n".join(["问题,回答", *rows]).encode("gb18030"))
+    done = harness("launch", run_file, *words)
+    assert done.code == 0, done.output
+    assert harness("export", tmp_path / "run", "--to", tmp_path / "folder").code == 0
+    shown = harness("data", "show", tmp_path / "data" / "train", "--step", "2", "--run", tmp_path / "run")
+    assert shown.code == 0 and "shard-00000" in shown.output and "什么是" in shown.output, shown.output
+    where = harness("data", "where", tmp_path / "data" / "train", "0", "--run", tmp_path / "run")
+    assert where.code == 0 and "row 0, epoch 0: position" in where.output, where.output

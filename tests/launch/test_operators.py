@@ -72,7 +72,8 @@ def test_two_builders_wait_for_each_other(place):
 
 def test_a_killed_build_does_not_stop_the_next(place):
     code = BUILD_WITH.format("import time; time.sleep(60)")
-    slow = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background
+    slow = subprocess.Popen([sys.executable, "-c", listening + code], env=os.environ)
     while not (place / ".building").exists():
         time.sleep(0.05)
     time.sleep(0.5)

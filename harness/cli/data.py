@@ -1,0 +1,47 @@
+"""`harness data`: which documents a step trained on, and when a row was or will be trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.config.load import load
+from harness.errors import EXIT_DONE, Refused
+
+if TYPE_CHECKING:
+    from harness.data.provenance import Provenance
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer from the index, the order and the run's own records."""
+    from harness.data.provenance import Provenance
+    from harness.telemetry.read import read_metrics
+
+    run_dir = Path(arguments.run)
+    attempts = sorted((run_dir / "attempts").glob("[0-9]*/run.yaml"))
+    if not attempts:
+        raise Refused(f"{run_dir} holds no run.", where="--run", remedy="Give the folder of a run that has started.")
+    rows_at = {line["step"]: line["rows"] for line in read_metrics(run_dir) if "train/loss" in line}
+    provenance = Provenance(Path(arguments.set), load(attempts[-1]).run, rows_at)
+    (_show if arguments.action == "show" else _where)(provenance, arguments)
+    return EXIT_DONE
+
+
+def _show(provenance: Provenance, arguments: argparse.Namespace) -> None:
+    table = Table("row", "epoch", "shard", "document", "tokens", "begins", title=f"step {arguments.step}", title_justify="left")
+    for row in provenance.rows_of_step(arguments.step):
+        for number, piece in enumerate(row.pieces):
+            own = (str(row.row), str(row.epoch)) if number == 0 else ("", "")
+            table.add_row(*own, piece.shard, str(piece.document), f"{piece.start} to {piece.stop}", piece.text)
+    Console().print(table)
+
+
+def _where(provenance: Provenance, arguments: argparse.Namespace) -> None:
+    console = Console(highlight=False)
+    for epoch, position, step in provenance.steps_of_row(arguments.row):
+        told = f"trained in step {step}" if step is not None else "not reached yet"
+        console.print(f"row {arguments.row}, epoch {epoch}: position {position:,}, {told}")

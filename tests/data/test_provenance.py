@@ -1,0 +1,52 @@
+"""What a step trained on and when a row was trained, against the batches that the loader gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness.config.schema import RunFile
+from harness.data.loader import TokenReader, TrainLoader
+from harness.data.provenance import Provenance
+from harness.errors import Refused
+
+
+@pytest.fixture
+def provenance(prepared) -> Provenance:
+    run = RunFile.model_validate({
+        "run_dir": "unused", "model": {"path": "unused"}, "train": {"steps": 9, "global_batch_rows": 4, "seed": 6},
+        "data": {"dir": str(prepared), "train": {"path": "unused"}, "sequence_length": 32},
+    })
+    return Provenance(prepared / "train", run, {step: 4 * step for step in range(1, 9)})
+
+
+def test_a_step_is_shown_as_the_loader_reads_it(provenance):
+    loader = TrainLoader(provenance.table, provenance.order, dp_rank=0, dp_size=1, micro_batch=4, global_rows=4)
+    reader = TokenReader(provenance.table)
+    for step in (1, 5, 8):
+        batch = loader.global_batch(reader, 4 * (step - 1))
+        shown = provenance.rows_of_step(step)
+        assert sum(row.trained_tokens for row in shown) == batch.trained_tokens
+        for place, row in enumerate(shown):
+            documents = [reader._document(int(piece.shard.removeprefix("shard-")), piece.document)[0][piece.start : piece.stop] for piece in row.pieces]
+            joined = np.concatenate(documents)
+            assert np.array_equal(batch.micro_batches[0].input_ids[place][: len(joined)], joined)
+            assert row.pieces[0].text and all(len(piece.text) <= 60 for piece in row.pieces)
+
+
+def test_a_row_says_in_which_steps_it_was_trained(provenance):
+    for step in (1, 4, 8):
+        for row in provenance.rows_of_step(step):
+            assert (row.epoch, row.position, step) in provenance.steps_of_row(row.row)
+    late = int(provenance.order.rows(provenance.order.num_rows - 1, 1)[0])
+    epoch, position, step = provenance.steps_of_row(late)[0]
+    assert (epoch, position) == (0, provenance.order.num_rows - 1) and (step is None) == (position >= 32)
+
+
+def test_what_is_not_there_is_refused(provenance, prepared):
+    with pytest.raises(Refused, match="not recorded step 99"):
+        provenance.rows_of_step(99)
+    with pytest.raises(Refused, match="no row 999999"):
+        provenance.steps_of_row(999999)
+    with pytest.raises(Refused, match="not a prepared set"):
+        Provenance(prepared, provenance.run, {})
