@@ -17,6 +17,8 @@ from harness.errors import Refused
 if TYPE_CHECKING:
     from datasets import Dataset
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 1 << 20
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 
 
@@ -115,15 +117,17 @@ def _from_hub(source: Source, *, key: str, cache: Path) -> Dataset:
 def _from_files(source: Source, data: Data, *, key: str, cache: Path) -> Dataset:
     import datasets
 
-    paths = source_paths(source, key=key)
-    kind = source.format or SUFFIXES.get(paths[0].suffix)
+    given = source_paths(source, key=key)
+    kind = source.format or SUFFIXES.get(_plain_name(given[0]).suffix)
     if kind is None:
-        raise Refused(f"The format of {paths[0]} is not known from its suffix.", where=f"{key}.path", remedy=f"Set `{key}.format` to jsonl, csv, parquet or text.")
+        raise Refused(f"The format of {given[0]} is not known from its suffix.", where=f"{key}.path", remedy=f"Set `{key}.format` to jsonl, csv, parquet or text.")
+    paths = [_decompressed(path, cache, key=key) for path in given]
     if kind != "parquet":
-        for path in paths:
-            _check_encoding(path, source.encoding, key)
+        for path, shown in zip(paths, given, strict=True):
+            _check_encoding(path, source.encoding, key, shown=shown)
     if kind == "jsonl":
-        _check_json_lines(paths, columns_of(data), source.encoding)
+        for path, shown in zip(paths, given, strict=True):
+            _check_json_lines(path, columns_of(data), source.encoding, shown=shown)
     if kind == "text":
         rows = [{data.columns.text: text} for path in paths for text in _documents(path, source.encoding)]
         return datasets.Dataset.from_list(rows)
@@ -135,22 +139,47 @@ def _from_files(source: Source, data: Data, *, key: str, cache: Path) -> Dataset
         return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", cache_dir=str(cache), **options)
     except Exception as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise Refused(f"{paths[0]} cannot be read as {kind}: {cause}", where=f"{key}.path", remedy="Mend the file, or set the right format.") from None
+        raise Refused(f"{given[0]} cannot be read as {kind}: {cause}", where=f"{key}.path", remedy="Mend the file, or set the right format.") from None
 
 
-def _check_encoding(path: Path, encoding: str, key: str) -> None:
+def _plain_name(path: Path) -> Path:
+    """`pairs.jsonl.gz` -> `pairs.jsonl`."""
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def _decompressed(path: Path, cache: Path, *, key: str) -> Path:
+    """The file itself, or its content unpacked beside the tables that are made of it, under the same name without the last suffix."""
+    if path.suffix not in COMPRESSED:
+        return path
+    import pyarrow as pa
+
+    folder = cache / "unpacked" / files.digest_text(str(path.absolute()))[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    unpacked = folder / _plain_name(path).name
+    try:
+        with pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix]) as packed, open(unpacked, "wb") as plain:
+            while block := packed.read(BLOCK_BYTES):
+                plain.write(block)
+    except (OSError, pa.ArrowException) as error:
+        raise Refused(f"{path} cannot be unpacked as {COMPRESSED[path.suffix]}: {error}", where=f"{path} ({key}.path)", remedy="Mend the file, or give it unpacked.") from None
+    if unpacked.stat().st_size == 0:
+        raise Refused(f"{path} is empty.", where=f"{key}.path", remedy="Give a file with examples.")
+    return unpacked
+
+
+def _check_encoding(path: Path, encoding: str, key: str, *, shown: Path) -> None:
     import codecs
 
     decoder, place = codecs.getincrementaldecoder(encoding)(), 0
     with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(BLOCK_BYTES):
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
                 pending = len(error.object) - len(block)
                 likely = _likely_encoding(path)
                 raise Refused(
-                    f"{path} is not {encoding}: byte {place - pending + error.start} cannot be decoded.", where=f"{path} ({key}.path)",
+                    f"{shown} is not {encoding}: byte {place - pending + error.start} cannot be decoded.", where=f"{shown} ({key}.path)",
                     remedy=f"Save the file as {encoding}, or set `{key}.encoding` to its encoding" + (f"; it looks like {likely}." if likely else "."),
                 ) from None
             place += len(block)
@@ -161,24 +190,23 @@ def _likely_encoding(path: Path) -> str | None:
     from charset_normalizer import from_bytes
 
     with open(path, "rb") as stream:
-        found = from_bytes(stream.read(1 << 20)).best()
+        found = from_bytes(stream.read(BLOCK_BYTES)).best()
     if found is None:
         return None
     return "gb18030" if found.encoding in ("gb2312", "gbk", "hz") else found.encoding
 
 
-def _check_json_lines(paths: list[Path], needed: list[str], encoding: str) -> None:
-    for path in paths:
-        with open(path, encoding=encoding) as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise Refused(f"{path} line {number} is not JSON: {error.msg}.", where=f"{path}:{number}", remedy="Mend or remove the line.") from None
-                if not isinstance(value, dict):
-                    raise Refused(f"{path} line {number} is not a JSON object.", where=f"{path}:{number}", remedy=f"Write it as {{{', '.join(needed)}: ...}}.")
+def _check_json_lines(path: Path, needed: list[str], encoding: str, *, shown: Path) -> None:
+    with open(path, encoding=encoding) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise Refused(f"{shown} line {number} is not JSON: {error.msg}.", where=f"{shown}:{number}", remedy="Mend or remove the line.") from None
+            if not isinstance(value, dict):
+                raise Refused(f"{shown} line {number} is not a JSON object.", where=f"{shown}:{number}", remedy=f"Write it as {{{', '.join(needed)}: ...}}.")
 
 
 def _documents(path: Path, encoding: str) -> Iterator[str]:

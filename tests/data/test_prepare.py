@@ -195,3 +195,34 @@ def test_builtin_sources():
     questions = dict(builtin.python_questions())
     assert len(questions) > 3000
     assert "What does `shutil.copytree` do?" in questions
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_gives_the_same_bytes(tmp_path, suffix):
+    import pyarrow as pa
+
+    from harness.data.sources import COMPRESSED
+
+    plain = write_pairs(tmp_path / "pairs.jsonl", 60)
+    packed = tmp_path / f"pairs.jsonl{suffix}"
+    with pa.CompressedOutputStream(pa.OSFile(str(packed), "wb"), COMPRESSED[suffix]) as stream:
+        stream.write(plain.read_bytes())
+    digests = []
+    for path in (plain, packed):
+        run = make_run(tmp_path / path.name.replace(".", "-"), train={"path": str(path)}, shape="prompt_completion")
+        prepare(run, progress=False)
+        digests.append([shard.digest for shard in read_index(tmp_path / path.name.replace(".", "-") / "data" / "train").shards])
+    assert digests[0] == digests[1]
+
+
+def test_a_damaged_compressed_file_is_refused_by_its_own_name(tmp_path):
+    import gzip
+
+    packed = tmp_path / "pairs.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 50)[:-12])
+    run = make_run(tmp_path, train={"path": str(packed)}, shape="prompt_completion")
+    with pytest.raises(Refused, match="pairs.jsonl.gz"):
+        prepare(run, progress=False)
+    packed.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\noops\n'))
+    with pytest.raises(Refused, match=r"pairs\.jsonl\.gz line 2 is not JSON"):
+        prepare(run, progress=False)
