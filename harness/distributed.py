@@ -13,6 +13,10 @@ from harness.errors import Failure
 from harness.world import World
 
 
+_timeout: timedelta | None = None
+"""Longest wait in a collective, also of the groups that are made later."""
+
+
 def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device:
     """Meet the other ranks.
 
@@ -29,6 +33,8 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
     """
     import deepspeed
 
+    global _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
     if world.size == 1:
         for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(key, value)
@@ -38,7 +44,7 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+            dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False
         )
     if size() != world.size:
         raise Failure(f"{world.size} ranks were launched, but {size()} met.")
@@ -86,7 +92,7 @@ def receive(tensor: torch.Tensor, source: int) -> torch.Tensor:
 
 def new_group(ranks: list[int]) -> Any:
     """A group of some ranks; every rank must call this, in the same order."""
-    return dist.new_group(ranks)
+    return dist.new_group(ranks, timeout=_timeout)
 
 
 def broadcast(tensor: torch.Tensor, source: int, *, group: Any = None) -> torch.Tensor:

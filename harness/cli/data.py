@@ -11,6 +11,7 @@ from rich.table import Table
 
 from harness.config.load import load
 from harness.errors import EXIT_DONE, Refused
+from harness.formats import ledger
 
 if TYPE_CHECKING:
     from harness.data.provenance import Provenance
@@ -25,15 +26,25 @@ def run(arguments: argparse.Namespace) -> int:
     attempts = sorted((run_dir / "attempts").glob("[0-9]*/run.yaml"))
     if not attempts:
         raise Refused(f"{run_dir} holds no run.", where="--run", remedy="Give the folder of a run that has started.")
+    starts = [event["rows"] for event in ledger.read(run_dir) if event["kind"] == "start" and "rows" in event]
+    if not starts:
+        raise Refused(f"{run_dir} has not begun to train.", where="--run", remedy="Give the folder of a run that has started.")
+    loaded = load(attempts[-1])
     rows_at = {line["step"]: line["rows"] for line in read_metrics(run_dir) if "train/loss" in line}
-    provenance = Provenance(Path(arguments.set), load(attempts[-1]).run, rows_at)
-    (_show if arguments.action == "show" else _where)(provenance, arguments)
+    provenance = Provenance(Path(arguments.set), loaded.run, rows_at, fingerprint=starts[-1])
+    if arguments.action == "where":
+        _where(provenance, arguments)
+    else:
+        _show(provenance, arguments, trust_code=loaded.run.model.trust_code)
     return EXIT_DONE
 
 
-def _show(provenance: Provenance, arguments: argparse.Namespace) -> None:
+def _show(provenance: Provenance, arguments: argparse.Namespace, *, trust_code: bool) -> None:
+    from harness.model.configure import load_tokenizer
+
+    tokenizer = load_tokenizer(str(provenance.folder.parent / "tokenizer"), where="SET", trust_code=trust_code)
     table = Table("row", "epoch", "shard", "document", "tokens", "begins", title=f"step {arguments.step}", title_justify="left")
-    for row in provenance.rows_of_step(arguments.step):
+    for row in provenance.rows_of_step(arguments.step, tokenizer):
         for number, piece in enumerate(row.pieces):
             own = (str(row.row), str(row.epoch)) if number == 0 else ("", "")
             table.add_row(*own, piece.shard, str(piece.document), f"{piece.start} to {piece.stop}", piece.text)

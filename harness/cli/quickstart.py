@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.config.load import Loaded, load
-from harness.errors import Failure, HarnessError
+from harness.errors import Failure, HarnessError, Refused
 from harness.launch import local, operators
 from harness.units import format_seconds
 
@@ -78,6 +78,8 @@ def _quickstart(folder: Path, engine: Engine, console: Console) -> int:
     os.environ.update(operators.environment())
     gpus = local.num_gpus()
     clock = Clock(console)
+    if gpus == 1 and engine is ENGINES["pipeline"]:
+        raise Refused("Two pipeline stages need two GPUs, and this machine has one.", where="--engine", remedy="Leave --engine out, or hide the GPU (CUDA_VISIBLE_DEVICES=) to use the CPU.")
     pretrain, finetune = (Job.of(stem, folder, gpus, engine) for stem in ("pretrain", "finetune"))
     exported = folder / f"finetuned{engine.suffix}"
     with clock.phase("operators of DeepSpeed"):

@@ -96,8 +96,15 @@ def _make(run: RunFile, folder: Path, *, progress: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"{folder} cannot be written: {error.strerror}.", where="data.dir", remedy="Set `data.dir` to another place.") from None
-    wanted, data = fingerprint(run), run.data
     cache = folder / ".sources"
+    try:
+        _make_sets(run, folder, cache, progress=progress)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool) -> None:
+    wanted, data = fingerprint(run), run.data
     train_table = sources.open_source(data.train, data, key="data.train", cache=cache)
     validation_table = sources.open_source(data.validation, data, key="data.validation", cache=cache) if data.validation else None
     splits = _split(run, train_table, validation_table)
@@ -105,7 +112,6 @@ def _make(run: RunFile, folder: Path, *, progress: bool) -> None:
     template = Template.from_run(run, tokenizer)
     for name in SETS:
         _make_set(folder / name, splits[name], run, tokenizer, template, fingerprint=f"{wanted}-{name}", progress=progress)
-    shutil.rmtree(cache, ignore_errors=True)
 
 
 def held_out(run: RunFile, key: str) -> bool:

@@ -59,18 +59,32 @@ class Provenance:
         folder: of the prepared training set.
         run: the run file as resolved.
         rows_at: rows consumed by the end of each recorded step.
+        fingerprint: of the rows that the run trained on.
+
+    Raises:
+        Refused: when the folder holds no set, or other rows than those.
     """
 
-    def __init__(self, folder: Path, run: RunFile, rows_at: dict[int, int]):
+    def __init__(self, folder: Path, run: RunFile, rows_at: dict[int, int], *, fingerprint: str):
         data = run.data
         if not (folder / "index.json").is_file():
             raise Refused(f"{folder} is not a prepared set.", where=str(folder), remedy="Give the folder `train` below the run's data.dir.")
         self.folder, self.run, self.rows_at = folder, run, dict(sorted(rows_at.items()))
         self.table = RowTable.build(folder, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
+        if self.table.fingerprint != fingerprint:
+            raise Refused(
+                f"The run did not train on the rows in {folder}, or they were prepared anew since.", where=str(folder),
+                remedy="Give the folder `train` below the data.dir with which the run was started.",
+            )
         self.order: Order = self.table.order(seed=run.train.seed, window_shards=data.window_shards)
 
-    def rows_of_step(self, step: int, *, longest: int = 60) -> list[TrainedRow]:
+    def rows_of_step(self, step: int, tokenizer: Any, *, longest: int = 60) -> list[TrainedRow]:
         """The rows of a recorded step, in the order of the global batch.
+
+        Args:
+            step: from 1.
+            tokenizer: of the set.
+            longest: characters of text shown of each piece.
 
         Raises:
             Refused: when the run has not recorded the step.
@@ -81,7 +95,7 @@ class Provenance:
         first = max((rows for number, rows in self.rows_at.items() if number < step), default=0)
         rows = self.order.rows(first, self.rows_at[step] - first).tolist()
         return [
-            TrainedRow(first + place, (first + place) // self.order.num_rows, row, int(self.table.trained[row]), self._pieces(row, longest))
+            TrainedRow(first + place, (first + place) // self.order.num_rows, row, int(self.table.trained[row]), self._pieces(row, tokenizer, longest))
             for place, row in enumerate(rows)
         ]
 
@@ -109,20 +123,14 @@ class Provenance:
         return datasets.load_from_disk(str(self.folder))
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder.parent / "tokenizer")
-
-    @cached_property
     def _before(self) -> list[int]:
         """Documents in front of each shard."""
         return [0, *accumulate(shard.rows for shard in self.table.index.shards)]
 
-    def _pieces(self, row: int, longest: int) -> list[Piece]:
+    def _pieces(self, row: int, tokenizer: Any, longest: int) -> list[Piece]:
         pieces = []
         for shard, document, start, stop in self.table.pieces_of(row).tolist():
             ids = self._documents[self._before[shard] + document]["input_ids"][start:stop]
-            text = " ".join(self._tokenizer.decode(ids[: 2 * longest]).split())
+            text = " ".join(tokenizer.decode(ids[: 2 * longest]).split())
             pieces.append(Piece(self.table.index.shards[shard].name, document, start, stop, text[:longest]))
         return pieces

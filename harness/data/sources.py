@@ -154,14 +154,23 @@ def _decompressed(path: Path, cache: Path, *, key: str) -> Path:
     import pyarrow as pa
 
     folder = cache / "unpacked" / files.digest_text(str(path.absolute()))[:8]
-    folder.mkdir(parents=True, exist_ok=True)
     unpacked = folder / _plain_name(path).name
+
+    def blocks() -> Iterator[bytes]:
+        try:
+            with pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix]) as packed:
+                while block := packed.read(BLOCK_BYTES):
+                    yield block
+        except (OSError, pa.ArrowException) as error:
+            raise Refused(f"{path} cannot be unpacked as {COMPRESSED[path.suffix]}: {error}", where=f"{path} ({key}.path)", remedy="Mend the file, or give it unpacked.") from None
+
     try:
-        with pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix]) as packed, open(unpacked, "wb") as plain:
-            while block := packed.read(BLOCK_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(unpacked, "wb") as plain:
+            for block in blocks():
                 plain.write(block)
-    except (OSError, pa.ArrowException) as error:
-        raise Refused(f"{path} cannot be unpacked as {COMPRESSED[path.suffix]}: {error}", where=f"{path} ({key}.path)", remedy="Mend the file, or give it unpacked.") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be unpacked to {folder}: {error.strerror}.", where="data.dir", remedy="Make room there, or set `data.dir` to another place.") from None
     if unpacked.stat().st_size == 0:
         raise Refused(f"{path} is empty.", where=f"{key}.path", remedy="Give a file with examples.")
     return unpacked

@@ -80,6 +80,7 @@ def take_over(engine: Any, clock: Clock, before_forward: Callable[[], None]) -> 
 
     def backward(self: Any, **kwargs: Any) -> None:
         clock.work(lambda: stock[schedule.BackwardPass](self, **kwargs))
+        self.pipe_buffers["outputs"][kwargs["buffer_id"]] = None  # DeepSpeed keeps the last stage's logits until the buffer's next turn
 
     engine._INSTRUCTION_MAP = stock | {
         schedule.ForwardPass: forward, schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_tied_gradients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import statistics
 from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ class PipelineEngine(CommonEngine):
             items = iter([self._item(batch) for batch in portion])
             self.deepspeed.eval_batch(items, reduce_output=None, bcast_loss=False, num_micro_batches=len(portion))
         self.deepspeed.reset_activation_shape()
+        self.deepspeed.pipe_buffers["outputs"] = [None] * self.deepspeed.num_pipe_buffers  # the last logits are not kept through training
         return self._sums.clone()
 
     @torch.no_grad()
@@ -216,7 +218,7 @@ class PipelineEngine(CommonEngine):
 
     def balance(self) -> str:
         """Name the stage that works longest since the last call, when it works much longer than the mean. Collective."""
-        mine = sum(self._worked) / max(1, len(self._worked))
+        mine = statistics.median(self._worked) if self._worked else 0.0
         self._worked = []
         work = [0.0] * self.grid.stages
         for stage, seconds in distributed.gather_objects((self.grid.pp_stage, mine)):
@@ -225,9 +227,10 @@ class PipelineEngine(CommonEngine):
         if mean == 0.0 or work[slowest] <= UNEVEN * mean:
             return ""
         first, stop = self.bounds[slowest], self.bounds[slowest + 1]
+        remedy = "" if self.run.engine.partition == "time" else "; engine.partition=time cuts by measured time"
         return (
             f"Pipeline stage {slowest} (blocks {first} to {stop - 1}) works {work[slowest]:.3f} s a step, {work[slowest] / mean:.1f} times the mean "
-            f"of all stages, and holds the others up; engine.partition=time cuts by measured time."
+            f"of all stages, and holds the others up{remedy}."
         )
 
     def parameter_names(self) -> dict[int, str]:
@@ -263,10 +266,15 @@ def _refuse_frozen_stages(bounds: tuple[int, ...], trained: list[tuple[int, bool
 
 def _agreed_bounds(run: RunFile, config: PretrainedConfig, device: torch.device) -> tuple[int, ...]:
     """The cut into stages, the same on all ranks; rank 0 measures where it goes by time."""
-    length, measured = run.data.sequence_length, None
+    length, recompute_every, measured = run.data.sequence_length, run.train.activation_checkpointing, None
     if run.engine.partition == "time":
         if distributed.rank() == 0:
             dtype = DTYPES[run.train.precision]
-            measured = time_costs(config, dtype=dtype, device=device, micro_batch=run.train.micro_batch, sequence_length=length)
+            measured = time_costs(
+                config, dtype=dtype, device=device, micro_batch=run.train.micro_batch, sequence_length=length, recompute_every=recompute_every
+            )
         measured = distributed.broadcast_object(measured)
-    return stage_bounds(config, stages=run.engine.pipeline_stages, method=run.engine.partition, sequence_length=length, measured=measured)
+    return stage_bounds(
+        config, stages=run.engine.pipeline_stages, method=run.engine.partition, sequence_length=length, recompute_every=recompute_every,
+        measured=measured,
+    )

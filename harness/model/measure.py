@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.model.build import enable_activation_checkpointing
 from harness.model.families import family_of
 from harness.model.partition import Costs
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 REPEATS = 5
 
 
-def time_costs(config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device, micro_batch: int, sequence_length: int) -> Costs:
+def time_costs(
+    config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device, micro_batch: int, sequence_length: int, recompute_every: int = 0
+) -> Costs:
     """Seconds of forward and backward of the embedding, of a block and of the head with its loss, for one micro-batch.
 
     One block is built, with meaningless weights: all blocks of these families are alike.
@@ -29,6 +32,7 @@ def time_costs(config: PretrainedConfig, *, dtype: torch.dtype, device: torch.de
         device: where it will be trained.
         micro_batch: rows of a forward pass.
         sequence_length: tokens of a row.
+        recompute_every: every how many blocks one is recomputed; 0 for none.
     """
     from transformers import AutoModelForCausalLM
 
@@ -44,9 +48,23 @@ def time_costs(config: PretrainedConfig, *, dtype: torch.dtype, device: torch.de
         logits = model.get_output_embeddings()(hidden)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
 
-    block = _seconds(lambda: base(inputs_embeds=hidden, position_ids=positions, use_cache=False).last_hidden_state.sum(), device)
-    whole = _seconds(lambda: base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.sum(), device)
-    return Costs(max(0.0, whole - block), (block,) * config.get_text_config().num_hidden_layers, _seconds(head, device))
+    def block() -> Any:
+        return base(inputs_embeds=hidden, position_ids=positions, use_cache=False).last_hidden_state.sum()
+
+    model.train()
+    kept = recomputed = _seconds(block, device)
+    embedding = max(0.0, _seconds(lambda: base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.sum(), device) - kept)
+    last = _seconds(head, device)
+    if recompute_every:
+        enable_activation_checkpointing(model, 1)
+        recomputed = _seconds(block, device)
+    num_blocks = config.get_text_config().num_hidden_layers
+    blocks = tuple(recomputed if recompute_every and number % recompute_every == 0 else kept for number in range(num_blocks))
+    del model, base
+    if device.type == "cuda":  # what was measured is not to be counted as training's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return Costs(embedding, blocks, last)
 
 
 def _seconds(forward: Callable[[], torch.Tensor], device: torch.device) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,19 +57,25 @@ def balance(costs: Costs, stages: int) -> tuple[int, ...]:
     sums = [0.0]
     for cost in costs.blocks:
         sums.append(sums[-1] + cost)
-    # best[s][b]: (dearest stage, sum of squares, bounds) of the first s stages over the first b blocks
-    best: list[dict[int, tuple[float, float, tuple[int, ...]]]] = [{0: (0.0, 0.0, (0,))}]
-    for stage in range(1, stages + 1):
-        row = {}
-        for end in range(stage, num_blocks - (stages - stage) + 1):
-            choices = []
-            for begin, (dearest, squares, bounds) in best[-1].items():
-                if begin < end:
-                    cost = sums[end] - sums[begin] + (costs.embedding if stage == 1 else 0.0) + (costs.head if stage == stages else 0.0)
-                    choices.append((max(dearest, cost), squares + cost * cost, (*bounds, end)))
-            row[end] = min(choices)
-        best.append(row)
-    return best[stages][num_blocks][2]
+    def cost(stage: int, begin: int, end: int) -> float:
+        return sums[end] - sums[begin] + (costs.embedding if stage == 0 else 0.0) + (costs.head if stage == stages - 1 else 0.0)
+
+    dearest, _ = _best_cut(num_blocks, stages, cost, max)
+    limit = dearest * (1 + 1e-9)
+    return _best_cut(num_blocks, stages, lambda *at: value**2 if (value := cost(*at)) <= limit else math.inf, lambda a, b: a + b)[1]
+
+
+def _best_cut(
+    num_blocks: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The cut of the smallest joined cost, by dynamic programming over (stage, end); ties go to the earliest bounds."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for stage in range(stages):
+        best = {
+            end: min((join(value, cost(stage, begin, end)), (*bounds, end)) for begin, (value, bounds) in best.items() if begin < end)
+            for end in range(stage + 1, num_blocks - (stages - stage - 1) + 1)
+        }
+    return best[num_blocks]
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
@@ -90,16 +98,22 @@ def parameter_costs(model: Any) -> Costs:
     return Costs(float(sum(count[name] for name in family.embeddings)), blocks, float(count[family.norm] + head))
 
 
-def flop_costs(model: Any, *, sequence_length: int) -> Costs:
+def flop_costs(model: Any, *, sequence_length: int, recompute_every: int = 0) -> Costs:
     """Floating-point operations of forward and backward for a token: 6 a parameter, and 12 d T a block for attention.
 
-    Source: PaLM (Chowdhery et al. 2022), appendix B. Looking tokens up costs nothing.
+    A block that is recomputed runs its forward twice: a third more. Source: PaLM (Chowdhery et al. 2022), appendix B, where d is
+    heads times their width. Looking tokens up costs nothing.
     """
-    parameters, width = parameter_costs(model), model.config.get_text_config().hidden_size
-    return Costs(0.0, tuple(6 * block + 12 * width * sequence_length for block in parameters.blocks), 6 * parameters.head)
+    parameters, config = parameter_costs(model), model.config.get_text_config()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    blocks = (6 * block + 12 * width * sequence_length for block in parameters.blocks)
+    recomputed = (4 / 3 if recompute_every and number % recompute_every == 0 else 1.0 for number in range(len(parameters.blocks)))
+    return Costs(0.0, tuple(cost * more for cost, more in zip(blocks, recomputed, strict=True)), 6 * parameters.head)
 
 
-def stage_bounds(config: PretrainedConfig, *, stages: int, method: str, sequence_length: int, measured: Costs | None = None) -> tuple[int, ...]:
+def stage_bounds(
+    config: PretrainedConfig, *, stages: int, method: str, sequence_length: int, recompute_every: int = 0, measured: Costs | None = None
+) -> tuple[int, ...]:
     """The cut of a run.
 
     Args:
@@ -107,6 +121,7 @@ def stage_bounds(config: PretrainedConfig, *, stages: int, method: str, sequence
         stages: of the pipeline.
         method: parameters, flops or time.
         sequence_length: tokens of a row.
+        recompute_every: every how many blocks one is recomputed; 0 for none.
         measured: costs in seconds, with `time`.
 
     Raises:
@@ -117,7 +132,9 @@ def stage_bounds(config: PretrainedConfig, *, stages: int, method: str, sequence
     if method == "time":
         assert measured is not None
         return balance(measured, stages)
-    return balance(parameter_costs(model) if method == "parameters" else flop_costs(model, sequence_length=sequence_length), stages)
+    if method == "parameters":
+        return balance(parameter_costs(model), stages)
+    return balance(flop_costs(model, sequence_length=sequence_length, recompute_every=recompute_every), stages)
 
 
 def check_stages(model: Any, stages: int, *, where: str = "engine.pipeline_stages") -> None:

@@ -201,12 +201,26 @@ def safetensors_folder(weights: str, *, where: str = "model.path") -> Path:
     """
     folder = Path(weights).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(weights, allow_patterns=["*.safetensors", _INDEX]))
+        folder = _from_hub(weights, where)
     if not (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
         raise Refused(
             f"{weights!r} has no safetensors files, from which a pipeline stage can read its own tensors alone.", where=where,
             remedy="Load and save the model once with transformers (`save_pretrained`), or set engine.pipeline_stages=1.",
         )
     return folder
+
+
+def _from_hub(name: str, where: str) -> Path:
+    """The folder of the files that the index of `name` lists, or of its only one; other files of the repository are left there."""
+    from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, _INDEX), str) or file_exists(name, _INDEX):
+            files = sorted(set(read_json(Path(hf_hub_download(name, _INDEX)))["weight_map"].values()))
+            return Path(snapshot_download(name, allow_patterns=[_INDEX, *files]))
+        return Path(hf_hub_download(name, _SINGLE)).parent
+    except Exception as error:
+        raise Refused(
+            f"The weights of {name!r} cannot be fetched: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}", where=where,
+            remedy="Check the name and the network, or give a folder with safetensors files.",
+        ) from None

@@ -43,9 +43,12 @@ def plan_stages(run: RunFile, config: Any, batch: BatchEquation) -> list[StagePl
     With `engine.partition: time` the parts are timed on this machine's CPU, and the run will time them anew where it trains.
     """
     model, length = skeleton(config), run.data.sequence_length
-    bounds = stage_bounds(config, stages=batch.stages, method=run.engine.partition, sequence_length=length, measured=_measured(run, config))
+    every = run.train.activation_checkpointing
+    bounds = stage_bounds(
+        config, stages=batch.stages, method=run.engine.partition, sequence_length=length, recompute_every=every, measured=_measured(run, config)
+    )
     parameters = parameter_costs(model).of_stages(bounds)
-    work = flop_costs(model, sequence_length=length).of_stages(bounds)
+    work = flop_costs(model, sequence_length=length, recompute_every=every).of_stages(bounds)
     mean = sum(work) / len(work)
     stages = []
     for stage, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -73,7 +76,8 @@ def _measured(run: RunFile, config: Any) -> Any:
 
     family_of(config)
     return time_costs(
-        config, dtype=DTYPES[run.train.precision], device=torch.device("cpu"), micro_batch=run.train.micro_batch, sequence_length=run.data.sequence_length
+        config, dtype=DTYPES[run.train.precision], device=torch.device("cpu"), micro_batch=run.train.micro_batch, sequence_length=run.data.sequence_length,
+        recompute_every=run.train.activation_checkpointing,
     )
 
 

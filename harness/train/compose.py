@@ -92,11 +92,11 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     template = Template.from_run(run, tokenizer)
     if world.is_main:
         write_description(run.run_path / "model", config, tokenizer, template)
-        ledger.append(run.run_path, "start", attempt=number, ranks=world.size, host=world.host)
     grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
     batch = batch_equation(loaded, grid.dp_size)
     table = RowTable.of_run(run, "train")
     validation = RowTable.of_run(run, "validation")
+    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint)
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
     if world.is_main:
         attempt.write_deepspeed(ds_config)

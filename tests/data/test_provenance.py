@@ -8,6 +8,7 @@ import pytest
 from harness.config.schema import RunFile
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.provenance import Provenance
+from harness.data.rows import RowTable
 from harness.errors import Refused
 
 
@@ -17,15 +18,23 @@ def provenance(prepared) -> Provenance:
         "run_dir": "unused", "model": {"path": "unused"}, "train": {"steps": 9, "global_batch_rows": 4, "seed": 6},
         "data": {"dir": str(prepared), "train": {"path": "unused"}, "sequence_length": 32},
     })
-    return Provenance(prepared / "train", run, {step: 4 * step for step in range(1, 9)})
+    rows = RowTable.build(prepared / "train", sequence_length=32, packing="best_fit", long_documents="cut")
+    return Provenance(prepared / "train", run, {step: 4 * step for step in range(1, 9)}, fingerprint=rows.fingerprint)
 
 
-def test_a_step_is_shown_as_the_loader_reads_it(provenance):
+@pytest.fixture
+def tokenizer(prepared):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(prepared / "tokenizer")
+
+
+def test_a_step_is_shown_as_the_loader_reads_it(provenance, tokenizer):
     loader = TrainLoader(provenance.table, provenance.order, dp_rank=0, dp_size=1, micro_batch=4, global_rows=4)
     reader = TokenReader(provenance.table)
     for step in (1, 5, 8):
         batch = loader.global_batch(reader, 4 * (step - 1))
-        shown = provenance.rows_of_step(step)
+        shown = provenance.rows_of_step(step, tokenizer)
         assert sum(row.trained_tokens for row in shown) == batch.trained_tokens
         for place, row in enumerate(shown):
             documents = [reader._document(int(piece.shard.removeprefix("shard-")), piece.document)[0][piece.start : piece.stop] for piece in row.pieces]
@@ -34,9 +43,9 @@ def test_a_step_is_shown_as_the_loader_reads_it(provenance):
             assert row.pieces[0].text and all(len(piece.text) <= 60 for piece in row.pieces)
 
 
-def test_a_row_says_in_which_steps_it_was_trained(provenance):
+def test_a_row_says_in_which_steps_it_was_trained(provenance, tokenizer):
     for step in (1, 4, 8):
-        for row in provenance.rows_of_step(step):
+        for row in provenance.rows_of_step(step, tokenizer):
             assert (row.epoch, row.position, step) in provenance.steps_of_row(row.row)
     late = int(provenance.order.rows(provenance.order.num_rows - 1, 1)[0])
     epoch, position, step = provenance.steps_of_row(late)[0]
@@ -45,8 +54,10 @@ def test_a_row_says_in_which_steps_it_was_trained(provenance):
 
 def test_what_is_not_there_is_refused(provenance, prepared):
     with pytest.raises(Refused, match="not recorded step 99"):
-        provenance.rows_of_step(99)
+        provenance.rows_of_step(99, None)
     with pytest.raises(Refused, match="no row 999999"):
         provenance.steps_of_row(999999)
     with pytest.raises(Refused, match="not a prepared set"):
-        Provenance(prepared, provenance.run, {})
+        Provenance(prepared, provenance.run, {}, fingerprint=provenance.table.fingerprint)
+    with pytest.raises(Refused, match="did not train on the rows"):
+        Provenance(prepared / "validation", provenance.run, {}, fingerprint=provenance.table.fingerprint)

@@ -28,7 +28,10 @@ def test_no_cut_has_a_cheaper_dearest_stage(blocks, embedding, head, data):
     bounds = balance(costs, stages)
     assert bounds[0] == 0 and bounds[-1] == len(blocks) and list(bounds) == sorted(set(bounds)), "every stage has a block"
     every = [(0, *inner, len(blocks)) for inner in combinations(range(1, len(blocks)), stages - 1)]
-    assert max(costs.of_stages(bounds)) <= min(max(costs.of_stages(cut)) for cut in every) * (1 + 1e-9) + 1e-9
+    dearest = min(max(costs.of_stages(cut)) for cut in every) * (1 + 1e-9) + 1e-9
+    assert max(costs.of_stages(bounds)) <= dearest
+    squares = min(sum(cost**2 for cost in costs.of_stages(cut)) for cut in every if max(costs.of_stages(cut)) <= dearest)
+    assert sum(cost**2 for cost in costs.of_stages(bounds)) <= squares * (1 + 1e-6) + 1e-6
 
 
 def test_equal_blocks_are_shared_evenly():
@@ -51,7 +54,16 @@ def test_measured_costs_cut_too():
     config = tiny_config("llama", layers=6)
     costs = time_costs(config, dtype=torch.float32, device=torch.device("cpu"), micro_batch=2, sequence_length=32)
     assert len(costs.blocks) == 6 and min(costs.blocks) > 0 and costs.head > 0
-    assert stage_bounds(config, stages=2, method="time", sequence_length=32, measured=costs)[::2] == (0, 6)
+    assert time_costs(config, dtype=torch.float32, device=torch.device("cpu"), micro_batch=2, sequence_length=32, recompute_every=3).blocks[1] > 0
+    given = Costs(0.0, (1.0,) * 6, 4.0)
+    assert stage_bounds(config, stages=2, method="time", sequence_length=32, measured=given) == (0, 5, 6)
+    assert stage_bounds(config, stages=2, method="flops", sequence_length=32) == (0, 3, 6)
+
+
+def test_a_recomputed_block_costs_a_third_more():
+    model = skeleton(tiny_config("llama", layers=4))
+    plain, mixed = (flop_costs(model, sequence_length=32, recompute_every=every) for every in (0, 2))
+    assert [b / a for a, b in zip(plain.blocks, mixed.blocks, strict=True)] == pytest.approx([4 / 3, 1, 4 / 3, 1]) and plain.head == mixed.head
 
 
 def test_unknown_families_and_too_many_stages_are_refused_by_name():
