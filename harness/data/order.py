@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 ROUNDS = 6
+VERSION = 2
+"""Of the order of several shards; a run that began under another one is refused, for its cursor would mean other rows."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
+from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order
 from harness.errors import Failure
 from harness.formats.index import ShardSetIndex, read_index
@@ -87,7 +88,8 @@ class RowTable:
         index = read_index(folder)
         if index is None:
             raise Failure(f"{folder} is not a prepared set; run `harness prepare`.")
-        key = files.digest_text(index.fingerprint, str(sequence_length), packing, long_documents, str(PACKING_VERSION))
+        order = [f"order {ORDER_VERSION}"] if len(index.shards) > 1 else []  # the order within one shard has never changed
+        key = files.digest_text(index.fingerprint, str(sequence_length), packing, long_documents, str(PACKING_VERSION), *order)
         cache = folder / f"rows-{key[:16]}.npz"
         if cache.is_file():
             with np.load(cache) as held:
