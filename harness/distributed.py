@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +47,22 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
         deepspeed.init_distributed(
             dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False
         )
+        if not use_gpu:
+            _forget_shared_memory()
     if size() != world.size:
         raise Failure(f"{world.size} ranks were launched, but {size()} met.")
     return torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+
+
+def _forget_shared_memory() -> None:
+    """Take away the name of this rank's segment of shared memory: all ranks have mapped it, and the last to end frees it.
+
+    DeepSpeed's CPU communication (csrc/cpu/comm/shm.cpp) makes 66 MiB a rank in /dev/shm and never unlinks it, so that each run
+    would keep that much of the host's memory until the host restarts.
+    """
+    barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def is_initialized() -> bool:
