@@ -25,6 +25,10 @@ setup(
         "datasets>=5.0",
         "charset-normalizer>=3",
         "tokenizers",
+        "fastokens",
+        "orjson",
+        "xxhash",
+        "fsspec",
         "safetensors",
         "tensorboard",
         "mpi4py>=4",
@@ -40,7 +44,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-timeout", "hypothesis", "py-spy"],
-        "remote": ["s3fs", "gcsfs"],
+        "remote": ["s3fs", "gcsfs", "aiohttp"],
     },
     entry_points={"console_scripts": ["harness=harness.cli.main:main"]},
 )

@@ -63,6 +63,23 @@ def digest_file(path: Path) -> str:
     return state.hexdigest()
 
 
+def remembered_digests(paths: list[Path], known: Path) -> list[str]:
+    """`digest_file` of each path; those whose size and time of change are as `known` remembers them are not read again."""
+    memory = read_json(known) if known.is_file() else {}
+    found = {}
+    for path in paths:
+        state = path.stat()
+        name, stamp = str(path.absolute()), [state.st_size, state.st_mtime_ns]
+        found[name] = memory[name] if memory.get(name, [None])[0] == stamp else [stamp, digest_file(path)]
+    if any(memory.get(name) != value for name, value in found.items()):
+        try:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known, memory | found)
+        except OSError:  # a read-only folder remembers nothing
+            pass
+    return [found[str(path.absolute())][1] for path in paths]
+
+
 def digest_text(*parts: str) -> str:
     """BLAKE2b-128 of the parts, unambiguous about where one ends and the next begins."""
     state = hashlib.blake2b(digest_size=16)

@@ -21,7 +21,8 @@ def write_description(folder: Path, config: Any, tokenizer: Any, template: Templ
     """Write all that an export needs besides weights: configuration, tokenizer, template."""
     described = copy.deepcopy(config)
     described.use_cache = True
-    described.eos_token_id, described.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    stops = template.stop_ids(tokenizer)
+    described.eos_token_id, described.bos_token_id = stops if len(stops) > 1 else stops[0], tokenizer.bos_token_id
     described.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
@@ -42,7 +43,7 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
     """
     if not prompts:
         return []
-    answers = engine.generate([template.prompt_ids(prompt, tokenizer) for prompt in prompts], tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+    answers = engine.generate([template.prompt_ids(prompt, tokenizer) for prompt in prompts], stop_ids=template.stop_ids(tokenizer), max_new_tokens=max_new_tokens)
     return [(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip()) for prompt, ids in zip(prompts, answers, strict=True)]
 
 
@@ -103,9 +104,13 @@ class Generator:
         with torch.no_grad():
             output = self.model.generate(
                 tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=min(max_new_tokens, room), use_cache=True,
-                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id, **sampling,
+                eos_token_id=self._stop_ids(chat=chat), pad_token_id=self.tokenizer.eos_token_id, **sampling,
             )
         return self.tokenizer.decode(output[0, len(ids):], skip_special_tokens=True).strip()
+
+    def _stop_ids(self, *, chat: bool) -> list[int]:
+        template = Template.for_messages(self.tokenizer) if chat else self.template
+        return template.stop_ids(self.tokenizer) if template else [self.tokenizer.eos_token_id]
 
     def _ids(self, prompt: str, *, chat: bool, raw: bool) -> list[int]:
         if chat:

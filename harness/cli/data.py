@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from harness.config.load import load
 from harness.errors import EXIT_DONE, Refused
@@ -43,11 +43,11 @@ def _show(provenance: Provenance, arguments: argparse.Namespace, *, trust_code: 
     from harness.model.configure import load_tokenizer
 
     tokenizer = load_tokenizer(str(provenance.folder.parent / "tokenizer"), where="SET", trust_code=trust_code)
-    table = Table("row", "epoch", "shard", "document", "tokens", "begins", title=f"step {arguments.step}", title_justify="left")
+    table = Table("row", "epoch", Column("from", overflow="fold"), Column("document", no_wrap=True), "tokens", "begins", title=f"step {arguments.step}", title_justify="left")
     for row in provenance.rows_of_step(arguments.step, tokenizer):
         for number, piece in enumerate(row.pieces):
             own = (str(row.row), str(row.epoch)) if number == 0 else ("", "")
-            table.add_row(*own, piece.shard, str(piece.document), f"{piece.start} to {piece.stop}", piece.text)
+            table.add_row(*own, f"{Path(piece.file).name}:{piece.source_row}", f"{piece.shard}:{piece.document}", f"{piece.start} to {piece.stop}", piece.text)
     Console().print(table)
 
 

@@ -53,6 +53,7 @@ class Columns(Section):
     prompt: str = fixed("prompt")
     completion: str = fixed("completion")
     messages: str = fixed("messages")
+    tools: str = fixed("tools", description="Definitions of functions, as a list or JSON text; read where a source has the column.")
 
 
 class TemplateSpec(Section):
@@ -91,6 +92,7 @@ class Data(Section):
     window_shards: Positive = fixed(
         16, description="Shards whose rows are shuffled together: more mix better, fewer are needed at a time."
     )
+    broken_rows: Literal["refuse", "drop"] = fixed("refuse", description="A row that cannot be read is refused, or dropped and counted.")
     max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
     num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core.")
 
@@ -103,7 +105,9 @@ class Model(Section):
         None, description="From scratch: `model_type` and the fields of its transformers configuration."
     )
     trust_code: bool = fixed(False, description="Run code that ships with the model.")
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = free("sdpa")
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = free(
+        "auto", description="What computes attention; auto: the fastest that fits device, precision and model."
+    )
     dropout: Share | None = fixed(None, description="Set every dropout of the configuration; by default as configured.")
 
 

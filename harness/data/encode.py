@@ -1,139 +1,320 @@
-"""One shard: a range of examples tokenised and written as an Arrow file with its arrays."""
+"""One shard: the records of its ranges, given to a side, tokenised, and written as Arrow files with their arrays."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from harness import files
-from harness.data.template import Template, start_ids
-from harness.formats.index import ShardEntry
+from harness.config.schema import Data
+from harness.data import ranges, rows
+from harness.data.backends import open_backend
+from harness.data.examples import example_of, identity_of, key_of
+from harness.data.ranges import Broken, InputRange
+from harness.data.template import Template
+from harness.errors import Refused
+from harness.formats.index import ShardEntry, ShardFile, ShardSource
 
-BATCH = 256
+EMPTY = "a part is empty or missing"
+KNOWN = "its question is in the training set"
+UNREADABLE = "cannot be read"
+
+
+@dataclass(frozen=True)
+class SideJob:
+    """What a shard gives to one set.
+
+    Attributes:
+        folder: of the set.
+        fingerprint: of the set; a finished shard of the same fingerprint is kept.
+    """
+
+    folder: Path
+    fingerprint: str
+
+    def part(self, name: str) -> Path:
+        """Where the shard's part of the index and audit is kept until the set is whole."""
+        return self.folder / "parts" / f"{name}.json"
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What one process needs to make one shard.
+    """What one process needs to make one shard of each set that its records belong to.
 
     Attributes:
         name: such as shard-00000.
-        folder: of the set.
-        examples: in the order of the source.
+        parts: ranges of records, in order.
+        data: the section of the run file.
+        seed: of the run, which decides what is held out.
+        sides: train, validation, or both: then `data.validation_share` of the questions goes to validation.
         tokenizer: folder of the tokenizer.
+        backend: that tokenises.
         template: how examples become text.
+        start: tokens before every text.
+        ends: tokens that end an answer, the end of text first.
         wide: int32 instead of uint16 tokens.
-        fingerprint: of the set; a finished shard of the same fingerprint is kept.
+        watch: uint64 array of questions; those that are met are reported.
+        exclude: uint64 array of questions whose rows are left out.
     """
 
     name: str
-    folder: Path
-    examples: list[Any]
+    parts: tuple[InputRange, ...]
+    data: Data
+    seed: int
+    sides: dict[str, SideJob]
     tokenizer: Path
+    backend: str
     template: Template
+    start: list[int]
+    ends: list[int]
     wide: bool
-    fingerprint: str
+    watch: Path | None = None
+    exclude: Path | None = None
 
 
-def make_shard(job: ShardJob) -> dict[str, Any]:
-    """Write the shard, or find it finished; returns its part of the index and audit."""
-    part = job.folder / f"{job.name}.json"
-    if part.is_file():
-        done = files.read_json(part)
-        if done["fingerprint"] == job.fingerprint and files.digest_file(job.folder / f"{job.name}.arrow") == done["entry"]["digest"]:
-            return done
-    documents, spans, dropped = _encode(job)
-    entry = _write(job, documents, spans)
-    result = {"fingerprint": job.fingerprint, "entry": entry.model_dump(), "dropped": dict(dropped)}
-    files.write_json(part, result)
-    return result
+@dataclass
+class Side:
+    """The documents of a shard that belong to one set, as texts; what was left out of them."""
+
+    texts: list[str] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    identities: list[int] = field(default_factory=list)
+    rows_in: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
-def _encode(job: ShardJob) -> tuple[list[np.ndarray], list[list[tuple[int, int]]], Counter[str]]:
-    from tokenizers import Tokenizer
+def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
+    """Write the shard's files, or find them finished; returns for each side its part of the index and audit.
+
+    Raises:
+        Refused: a record that cannot be read, where it may not be dropped.
+        Differs: when the fast backend disagrees with `tokenizers`.
+    """
+    if (done := _finished(job)) is not None:
+        return done
+    gathering, counts = _gather(job)
+    backend = open_backend(job.tokenizer, job.backend)
+    results = {}
+    for which, side in gathering.sides.items():
+        documents = Documents.assemble(*backend.encode(side.texts), side, start=job.start, ends=job.ends, wide=job.wide)
+        where = job.sides[which]
+        entry = _write(where.folder, job, where.fingerprint, documents, counts)
+        _save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
+        results[which] = {
+            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped),
+            "broken": gathering.broken if side is gathering.first else [], "met": sorted(gathering.met),
+        }
+    for which, result in results.items():
+        files.write_json(job.sides[which].part(job.name), result)
+    return results
+
+
+def _finished(job: ShardJob) -> dict[str, dict[str, Any]] | None:
+    found = {}
+    for which, side in job.sides.items():
+        part = side.part(job.name)
+        done = files.read_json(part) if part.is_file() else None
+        if done is None or done["fingerprint"] != side.fingerprint:
+            return None
+        for file in ShardEntry.model_validate(done["entry"]).files:
+            path = side.folder / file.name
+            if not path.is_file() or files.digest_file(path) != file.digest:
+                return None
+        found[which] = done
+    return found
+
+
+@lru_cache(maxsize=1)
+def _chat_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    fast = AutoTokenizer.from_pretrained(job.tokenizer)
-    backend = Tokenizer.from_file(str(job.tokenizer / "tokenizer.json"))
-    start, end = start_ids(fast) if not job.template.chat else [], fast.eos_token_id
-    dtype = np.int32 if job.wide else np.uint16
-    documents: list[np.ndarray] = []
-    spans: list[list[tuple[int, int]]] = []
-    dropped: Counter[str] = Counter()
-    for first in range(0, len(job.examples), BATCH):
-        batch = []
-        for example in job.examples[first : first + BATCH]:
-            try:
-                batch.append(job.template.segments(example, fast))
-            except Exception:  # a chat template may refuse a conversation
-                dropped["refused by the chat template"] += 1
-        texts = [text for segments in batch for text, _ in segments]
-        encoded = iter(backend.encode_batch(texts, add_special_tokens=False))
-        for segments in batch:
-            ids, trained = assemble([(next(encoded).ids, train) for _, train in segments], start=start, end=end)
-            if not any(stop > max(begin, 1) for begin, stop in trained):
-                dropped["no trained token"] += 1
-                continue
-            documents.append(np.asarray(ids, dtype=dtype))
-            spans.append(trained)
-    return documents, spans, dropped
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def assemble(parts: list[tuple[list[int], bool]], *, start: list[int], end: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Join tokenised segments; each trained one is closed by the end-of-text token unless it already ends with it.
+def held_out(seed: int, share: float, key: int) -> bool:
+    """Whether the share of the training source that is kept for validation holds the question `key`."""
+    return xxhash.xxh3_64_intdigest(f"{seed}:{key}".encode()) < share * 2**64
 
-    Returns:
-        (token ids, trained spans as (start, stop)).
+
+class _Gathering:
+    """The records of a job on their way to a side."""
+
+    def __init__(self, job: ShardJob):
+        self.job, self.sides = job, {which: Side() for which in job.sides}
+        self.first, self.splits = next(iter(self.sides.values())), len(self.sides) > 1
+        self.exclude = frozenset(np.load(job.exclude).tolist() if job.exclude else ())
+        self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
+        self.met: set[int] = set()
+        self.broken: list[str] = []
+        self.tokenizer = _chat_tokenizer(job.tokenizer) if job.template.chat else None
+
+    def add(self, record: Any, number: int) -> None:
+        """Give a record to a side, or count why it is left out."""
+        example = example_of(record, self.job.data)
+        if example is None:
+            self.leave_out(self.first, EMPTY)
+            return
+        key = key_of(example)
+        side = self.sides["validation"] if self.splits and held_out(self.job.seed, self.job.data.validation_share, key) else self.first
+        if key in self.watched:
+            self.met.add(key)
+        if key in self.exclude:
+            self.leave_out(side, KNOWN)
+            return
+        try:
+            segments = self.job.template.segments(example, self.tokenizer)
+        except Exception:  # a chat template may refuse a conversation
+            self.leave_out(side, "refused by the chat template")
+            return
+        side.rows_in += 1
+        side.texts += [text for text, _ in segments]
+        side.trained += [trained for _, trained in segments]
+        side.segments.append(len(segments))
+        side.records.append(number)
+        side.identities.append(identity_of(example))
+
+    def leave_out(self, side: Side, cause: str) -> None:
+        """Count a row that is dropped."""
+        side.rows_in += 1
+        side.dropped[cause] += 1
+
+    def unreadable(self, record: Broken, part: InputRange) -> None:
+        """Refuse a record that cannot be read, or count it where the run file says so."""
+        if self.job.data.broken_rows == "refuse":
+            raise Refused(f"{part.shown} line {record.line} {record.reason}.", where=f"{part.shown}:{record.line} ({part.key}.path)",
+                          remedy="Mend or remove the line, or set data.broken_rows=drop to count such rows instead.")
+        self.broken.append(f"{part.shown}:{record.line} {record.reason}")
+        self.leave_out(self.first, UNREADABLE)
+
+
+def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
+    """The examples by side, and how many records each range holds."""
+    gathering, counts, number = _Gathering(job), [], 0
+    for part in job.parts:
+        before = number
+        for record in ranges.read(part):
+            if isinstance(record, Broken):
+                gathering.unreadable(record, part)
+            elif record is not None:
+                gathering.add(record, number)
+            number += 1
+        counts.append(number - before)
+    return gathering, counts
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The token ids of many documents.
+
+    Attributes:
+        flat: uint16 or int32 [tokens]: one document after the other.
+        lengths: int32 [documents].
+        spans: int32 [spans, 3]: document, start and stop of what is trained.
+        records: uint32 [documents]: which record of the shard each was.
+        identities: uint64 [documents]: hash of each example.
     """
-    ids, spans = list(start), []
-    for tokens, trained in parts:
-        begin = len(ids)
-        ids += tokens
-        if trained:
-            if end not in tokens[-2:]:
-                ids.append(end)
-            if tokens:
-                spans.append((begin, len(ids)))
-    return ids, spans
+
+    flat: np.ndarray
+    lengths: np.ndarray
+    spans: np.ndarray
+    records: np.ndarray
+    identities: np.ndarray
+
+    @classmethod
+    def assemble(cls, ids: np.ndarray, offsets: np.ndarray, side: Side, *, start: Sequence[int], ends: Sequence[int], wide: bool) -> Documents:
+        """Join tokenised segments to documents; each trained one is closed by the end-of-text token unless it already ends.
+
+        Documents without a trained token are left out and counted.
+
+        Args:
+            ids: uint32 [tokens] of all segments.
+            offsets: int64 [segments + 1]: where each begins.
+            side: what the segments belong to.
+            start: tokens before every document.
+            ends: tokens that end an answer, the end of text first.
+            wide: int32 instead of uint16.
+        """
+        trained, sizes = np.asarray(side.trained, bool), np.diff(offsets)
+        owner = np.repeat(np.arange(len(side.segments)), side.segments)
+        ended = np.zeros(len(sizes), bool)
+        for back in (1, 2):
+            there = sizes >= back
+            ended[there] |= np.isin(ids[offsets[1:][there] - back], ends)
+        closed = trained & ~ended
+        opens = np.zeros(len(sizes), np.int64)
+        opens[np.flatnonzero(np.diff(owner, prepend=-1))] = len(start)
+        room = opens + sizes + closed
+        stops = np.cumsum(room)
+        begins = stops - room + opens
+        flat = np.empty(int(stops[-1]) if len(stops) else 0, np.int32 if wide else np.uint16)
+        given = np.ones(len(flat), bool)
+        given[stops[closed] - 1], flat[stops[closed] - 1] = False, ends[0]
+        for place, token in enumerate(start):
+            opening = (begins - len(start) + place)[opens > 0]
+            given[opening], flat[opening] = False, token
+        flat[given] = ids
+        lengths = np.bincount(owner, weights=room, minlength=len(side.segments)).astype(np.int64)
+        origin = np.cumsum(lengths) - lengths
+        spanned = trained & (sizes > 0)
+        spans = np.column_stack([owner, begins - origin[owner], stops - origin[owner]])[spanned]
+        counted = spans[:, 2] > np.maximum(spans[:, 1], 1)
+        kept = np.bincount(spans[counted, 0], minlength=len(side.segments)) > 0
+        if lost := int((~kept).sum()):
+            side.dropped["no trained token"] += lost
+            flat, spans = flat[np.repeat(kept, lengths)], spans[kept[spans[:, 0]]]
+            spans[:, 0] = (np.cumsum(kept) - 1)[spans[:, 0]]
+        return cls(flat, lengths[kept].astype(np.int32), spans.astype(np.int32).reshape(-1, 3),
+                   np.asarray(side.records, np.uint32)[kept], np.asarray(side.identities, np.uint64)[kept])
 
 
-def _write(job: ShardJob, documents: list[np.ndarray], spans: list[list[tuple[int, int]]]) -> ShardEntry:
+def _write(folder: Path, job: ShardJob, fingerprint: str, documents: Documents, counts: list[int]) -> ShardEntry:
+    """The files of the shard: an Arrow file, and the arrays from which packing and provenance are computed without it."""
+    path = folder / f"{job.name}.arrow"
+    _write_arrow(path, documents, wide=job.wide)
+    arrays = {"lengths": documents.lengths, "spans": documents.spans, "records": documents.records}
+    for what, array in arrays.items():
+        _save_array(folder / f"{job.name}.{what}.npy", array)
+    rows.write_plan(folder, job.name, documents.lengths, documents.spans, rows.Packing.of(job.data), fingerprint=fingerprint)
+    spans = documents.spans
+    return ShardEntry(
+        name=job.name, rows=len(documents.lengths), tokens=int(documents.lengths.sum(dtype=np.int64)),
+        trained_tokens=int((spans[:, 2] - np.maximum(spans[:, 1], 1)).sum()),
+        files=[ShardFile.of(folder / f"{job.name}.{suffix}") for suffix in ("arrow", *(f"{what}.npy" for what in arrays))],
+        sources=[ShardSource(file=part.shown, rows=count) for part, count in zip(job.parts, counts, strict=True)],
+    )
+
+
+def _write_arrow(path: Path, documents: Documents, *, wide: bool) -> None:
     import pyarrow as pa
 
-    value = pa.int32() if job.wide else pa.uint16()
-    lengths = np.asarray([len(d) for d in documents], dtype=np.int32)
-    flat = np.concatenate(documents) if documents else np.zeros(0, np.int32 if job.wide else np.uint16)
-    numbered = np.asarray([(i, a, b) for i, row in enumerate(spans) for a, b in row], dtype=np.int32).reshape(-1, 3)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    counts = np.bincount(numbered[:, 0], minlength=len(documents)) if len(numbered) else np.zeros(len(documents), int)
-    span_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    spans, count = documents.spans, len(documents.lengths)
+    offsets = np.concatenate([[0], np.cumsum(documents.lengths, dtype=np.int64)]).astype(np.int32)
+    span_offsets = np.concatenate([[0], np.cumsum(np.bincount(spans[:, 0], minlength=count))]).astype(np.int32)
 
     def listed(values: np.ndarray, kind: pa.DataType, at: np.ndarray) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(at, pa.int32()), pa.array(values, kind))
 
-    table = {
-        "input_ids": listed(flat, value, offsets),
-        "trained_starts": listed(numbered[:, 1], pa.int32(), span_offsets),
-        "trained_stops": listed(numbered[:, 2], pa.int32(), span_offsets),
-    }
-    path = job.folder / f"{job.name}.arrow"
+    batch = pa.RecordBatch.from_pydict({
+        "input_ids": listed(documents.flat, pa.int32() if wide else pa.uint16(), offsets),
+        "trained_starts": listed(spans[:, 1], pa.int32(), span_offsets),
+        "trained_stops": listed(spans[:, 2], pa.int32(), span_offsets),
+    })
     aside = path.with_suffix(".tmp")
-    batch = pa.RecordBatch.from_pydict(table)
     with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    files.sync_file(aside)
     aside.replace(path)
-    _save_array(job.folder / f"{job.name}.lengths.npy", lengths)
-    _save_array(job.folder / f"{job.name}.spans.npy", numbered)
-    trained = int((numbered[:, 2] - np.maximum(numbered[:, 1], 1)).sum()) if len(numbered) else 0
-    return ShardEntry(name=job.name, rows=len(documents), tokens=int(lengths.sum()), trained_tokens=trained,
-                      bytes=path.stat().st_size, digest=files.digest_file(path))
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as stream:
         np.save(stream, array)

@@ -12,31 +12,55 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.order import Order
+from harness.data.order import SHIFT, Order
 from harness.data.rows import RowTable
 
 EMPTY = -1
+OPENS, TRAINED = 1, 2
 UNTRAINED = -100
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch; every array is [micro_batch, sequence_length].
+    """A micro-batch as it travels to the device, three bytes a token where the vocabulary allows; the device widens it.
 
     Attributes:
-        input_ids: int64.
-        position_ids: int64, from 0 in each piece; the padding is a piece of its own.
-        labels: int64, -100 where nothing is trained.
-        documents: int32, number of the piece in its row.
+        tokens: uint16 or int32 [micro_batch, sequence_length].
+        marks: uint8, same shape: OPENS on the first token of each piece (the padding is a piece of its own), TRAINED on each label.
         first_row: index of the first row in the global batch.
     """
 
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    labels: np.ndarray
-    documents: np.ndarray
+    tokens: np.ndarray
+    marks: np.ndarray
     first_row: int
+
+    @classmethod
+    def of(cls, input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, first_row: int) -> Batch:
+        """From what a model takes; a label is its own token or UNTRAINED."""
+        marks = (position_ids == 0) * np.uint8(OPENS) | (labels != UNTRAINED) * np.uint8(TRAINED)
+        return cls(input_ids.astype(np.int32), marks, first_row)
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """int64."""
+        return self.tokens.astype(np.int64)
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        """int64, from 0 in each piece."""
+        places = np.arange(self.tokens.shape[1])
+        return places - np.maximum.accumulate(np.where(self.marks & OPENS, places, 0), axis=1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64, UNTRAINED where nothing is trained."""
+        return np.where(self.marks & TRAINED, self.input_ids, UNTRAINED)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """int64, number of the piece in its row."""
+        return np.cumsum(self.marks & OPENS, axis=1) - 1
 
 
 @dataclass(frozen=True)
@@ -57,53 +81,39 @@ class GlobalBatch:
 
 
 class TokenReader:
-    """Tokens and trained spans of any piece, straight from the memory-mapped shards."""
+    """Micro-batches of any rows, straight from the memory-mapped shards."""
 
     def __init__(self, table: RowTable):
         self.table = table
-        self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.dtype = np.int32 if table.index.vocab_size > 1 << 16 else np.uint16
 
-    def batch(self, rows: np.ndarray, *, first_row: int) -> Batch:
-        """The micro-batch of `rows`; a row number of -1 is an empty row."""
-        length, shape = self.table.sequence_length, (len(rows), self.table.sequence_length)
-        ids = np.full(shape, self.table.index.pad_token_id, np.int64)
-        labels = np.full(shape, UNTRAINED, np.int64)
-        positions = np.zeros(shape, np.int64)
-        documents = np.zeros(shape, np.int32)
-        for place, row in enumerate(rows.tolist()):
-            at, number = 0, 0
-            pieces = self.table.pieces_of(row).tolist() if row != EMPTY else []
-            for number, (shard, document, start, stop) in enumerate(pieces, 1):
-                end = at + stop - start
-                tokens, spans = self._document(shard, document)
-                ids[place, at:end] = tokens[start:stop]
-                positions[place, at:end] = np.arange(stop - start)
-                documents[place, at:end] = number - 1
-                for begin, finish in spans:
-                    a, b = max(begin, start + 1) - start + at, min(finish, stop) - start + at
-                    if b > a:
-                        labels[place, a:b] = ids[place, a:b]
-                at = end
-            positions[place, at:] = np.arange(length - at)
-            documents[place, at:] = number
-        return Batch(ids, positions, labels, documents, first_row)
+    def batch(self, ids: np.ndarray, *, first_row: int) -> Batch:
+        """The micro-batch of the rows `ids`; -1 is an empty row."""
+        shape = (len(ids), self.table.sequence_length)
+        tokens = np.full(shape, self.table.index.pad_token_id, self.dtype)
+        marks = np.zeros(shape, np.uint8)
+        for row_tokens, row_marks, row_id in zip(tokens, marks, ids.tolist(), strict=True):
+            end = self._fill(row_tokens, row_marks, row_id) if row_id != EMPTY else 0
+            if end < shape[1]:
+                row_marks[end] = OPENS
+        return Batch(tokens, marks, first_row)
 
-    def _document(self, shard: int, document: int) -> tuple[np.ndarray, list[list[int]]]:
-        if shard not in self._shards:
-            self._shards[shard] = self._open(shard)
-        flat, offsets, spans, span_offsets = self._shards[shard]
-        return flat[offsets[document] : offsets[document + 1]], spans[span_offsets[document] : span_offsets[document + 1], 1:].tolist()
-
-    def _open(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        import pyarrow as pa
-
-        name = self.table.index.shards[shard].name
-        column = pa.ipc.open_stream(pa.memory_map(str(self.table.folder / f"{name}.arrow"))).read_all()["input_ids"].chunk(0)
-        flat = column.values.to_numpy(zero_copy_only=True)
-        offsets = column.offsets.to_numpy(zero_copy_only=True)
-        spans = np.load(self.table.folder / f"{name}.spans.npy")
-        counts = np.bincount(spans[:, 0], minlength=len(offsets) - 1) if len(spans) else np.zeros(len(offsets) - 1, np.int64)
-        return flat, offsets, spans, np.concatenate([[0], np.cumsum(counts)])
+    def _fill(self, tokens: np.ndarray, marks: np.ndarray, row_id: int) -> int:
+        """Write one row; returns where its padding begins."""
+        flat, offsets, spans, span_offsets = self.table.shard(row_id >> SHIFT).tokens
+        at = 0
+        for document, start, stop in self.table.pieces_of(row_id).tolist():
+            origin = int(offsets[document])
+            end = at + stop - start
+            tokens[at:end] = flat[origin + start : origin + stop]
+            shift = at - start
+            for begin, finish in spans[span_offsets[document] : span_offsets[document + 1]].tolist():
+                first, last = max(begin, start + 1) + shift, min(finish, stop) + shift
+                if last > first:
+                    marks[first:last] = TRAINED
+            marks[at] = OPENS
+            at = end
+        return at
 
 
 @dataclass
@@ -195,6 +205,8 @@ def eval_batches(table: RowTable, *, dp_rank: int, dp_size: int, micro_batch: in
     reader, portion = TokenReader(table), micro_batch * dp_size
     for first in range(0, table.num_rows, portion):
         begin = first + dp_rank * micro_batch
-        rows = np.arange(begin, begin + micro_batch, dtype=np.int64)
-        rows[rows >= table.num_rows] = EMPTY
-        yield reader.batch(rows, first_row=begin)
+        numbers = np.arange(begin, begin + micro_batch, dtype=np.int64)
+        there = numbers < table.num_rows
+        ids = np.full(micro_batch, EMPTY, np.int64)
+        ids[there] = table.ids(numbers[there])
+        yield reader.batch(ids, first_row=begin)

@@ -7,29 +7,39 @@ permuted order of their own, so that a set that is far away is needed a few shar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 ROUNDS = 6
+SHIFT = 32
 VERSION = 2
 """Of the order of several shards; a run that began under another one is refused, for its cursor would mean other rows."""
 
 
-@dataclass(frozen=True)
+def row_ids(shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64: what identifies rows of a set: the shard in the upper half, the row in it in the lower."""
+    return np.asarray(shards, np.int64) << SHIFT | np.asarray(rows, np.int64)
+
+
+def shard_and_row(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The shards, and the rows in them, of `row_ids`."""
+    return ids >> SHIFT, ids & ((1 << SHIFT) - 1)
+
+
 class _Epoch:
-    """One epoch: its shards in order, cut into windows.
+    """One epoch: its shards in order and, as far as they were needed, the positions at which shards and windows end."""
 
-    Attributes:
-        shards: int64 [num_shards]: in the order of the epoch.
-        ends: int64 [num_shards]: positions at which each of them, taken whole, ends.
-        window_ends: int64 [num_windows]: positions at which the windows end.
-    """
+    def __init__(self, shards: np.ndarray):
+        self.shards = shards
+        self.ends: list[int] = []
+        self.window_ends: list[int] = []
 
-    shards: np.ndarray
-    ends: np.ndarray
-    window_ends: np.ndarray
+    @property
+    def reached(self) -> int:
+        """Rows of the windows that are known."""
+        return self.window_ends[-1] if self.window_ends else 0
 
 
 @dataclass(frozen=True)
@@ -37,75 +47,101 @@ class Order:
     """The endless sequence of epochs; a pure function of these values.
 
     Args:
-        rows_by_shard: int64 [num_shards]: rows of each shard; rows are numbered shard after shard.
+        num_shards: of the set.
+        rows_in: how many rows a shard holds; asked for as late as possible, since a shard may not be there yet.
         seed: of the run.
         window_shards: shards whose rows are shuffled together.
     """
 
-    rows_by_shard: np.ndarray
+    num_shards: int
+    rows_in: Callable[[int], int]
     seed: int
     window_shards: int
     _epochs: dict[int, _Epoch] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return int(self.rows_by_shard.sum())
+        """Rows of an epoch; asks for all shards."""
+        return self._reach(0, None).reached
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """int64 [count]: the rows at positions `first` to `first + count`; position p lies in epoch p // num_rows."""
-        positions = np.arange(first, first + count, dtype=np.int64)
-        epochs, places = positions // self.num_rows, positions % self.num_rows
-        rows = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            rows[chosen] = self._rows_of_epoch(int(epoch), places[chosen])
-        return rows
+        """int64 [count]: the `row_ids` at positions `first` to `first + count`."""
+        found = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            epoch, place = self._epoch_of(first + done)
+            order = self._reach(epoch, place + count - done)
+            part = min(count - done, order.reached - place)
+            found[done : done + part] = self._rows_of_epoch(epoch, np.arange(place, place + part))
+            done += part
+        return found
 
-    def position(self, row: int, *, epoch: int) -> int:
-        """The position at which `row` stands in an epoch: the inverse of `rows`."""
-        order, starts = self._epoch(epoch), self._starts()
-        shard = int(np.searchsorted(starts, row, side="right")) - 1
+    def position(self, shard: int, row: int, *, epoch: int) -> int:
+        """The position at which a row stands in an epoch: the inverse of `rows`."""
+        order = self._reach(epoch, None)
         turn = int(np.flatnonzero(order.shards == shard)[0])
         window = turn // self.window_shards
         begin, size = self._window(order, window)
-        before = int(order.ends[turn] - self.rows_by_shard[shard]) - begin
-        place = unpermute(np.asarray([before + row - starts[shard]]), num_rows=size, key=self._key(order, epoch, window))[0]
-        return epoch * self.num_rows + begin + int(place)
+        inside = order.ends[turn] - self.rows_in(shard) - begin + row
+        place = unpermute(np.asarray([inside]), num_rows=size, key=self._key(epoch, window))[0]
+        return epoch * order.reached + begin + int(place)
+
+    def shards_from(self, position: int) -> Iterator[int]:
+        """The shards in the order in which they are needed from a position on, a window at a time, without end."""
+        epoch, place = self._epoch_of(position)
+        window = int(np.searchsorted(self._reach(epoch, place + 1).window_ends, place, side="right"))
+        while True:
+            yield from self._shards(epoch)[window * self.window_shards :].tolist()
+            epoch, window = epoch + 1, 0
+
+    def _epoch_of(self, position: int) -> tuple[int, int]:
+        """Epoch of a position, and its place in it; positions of the first epoch do not need the rows of all shards."""
+        if position < self._reach(0, position + 1).reached:
+            return 0, position
+        return divmod(position, self.num_rows)
 
     def _rows_of_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        order, starts = self._epoch(epoch), self._starts()
+        order = self._epoch(epoch)
         rows = np.empty(len(places), dtype=np.int64)
         windows = np.searchsorted(order.window_ends, places, side="right")
+        ends = np.asarray(order.ends)
         for window in np.unique(windows):
             chosen = windows == window
             begin, size = self._window(order, int(window))
-            inside = begin + permute(places[chosen] - begin, num_rows=size, key=self._key(order, epoch, int(window)))
-            turn = np.searchsorted(order.ends, inside, side="right")
-            shard = order.shards[turn]
-            rows[chosen] = starts[shard] + inside - (order.ends[turn] - self.rows_by_shard[shard])
+            inside = begin + permute(places[chosen] - begin, num_rows=size, key=self._key(epoch, int(window)))
+            turn = np.searchsorted(ends, inside, side="right")
+            before = np.where(turn > 0, ends[turn - 1], 0)
+            rows[chosen] = row_ids(order.shards[turn], inside - before)
         return rows
+
+    def _shards(self, epoch: int) -> np.ndarray:
+        return permute(np.arange(self.num_shards), num_rows=self.num_shards, key=("shards", self.seed, epoch))
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            count = len(self.rows_by_shard)
-            shards = permute(np.arange(count), num_rows=count, key=("shards", self.seed, epoch))
-            ends = np.cumsum(self.rows_by_shard[shards])
-            last = np.minimum(np.arange(0, count, self.window_shards) + self.window_shards, count) - 1
-            self._epochs.clear()
-            self._epochs[epoch] = _Epoch(shards, ends, ends[last])
+            for stale in [kept for kept in self._epochs if kept not in (0, epoch - 1)]:
+                del self._epochs[stale]
+            self._epochs[epoch] = _Epoch(self._shards(epoch))
         return self._epochs[epoch]
 
-    def _starts(self) -> np.ndarray:
-        return np.cumsum(self.rows_by_shard) - self.rows_by_shard
+    def _reach(self, epoch: int, place: int | None) -> _Epoch:
+        """The epoch with all windows up to `place` known, or all of them."""
+        order = self._epoch(epoch)
+        while len(order.ends) < self.num_shards and (place is None or order.reached < place):
+            end = order.reached
+            for shard in order.shards[len(order.ends) : len(order.ends) + self.window_shards].tolist():
+                end += self.rows_in(shard)
+                order.ends.append(end)
+            order.window_ends.append(end)
+        return order
 
     def _window(self, order: _Epoch, window: int) -> tuple[int, int]:
-        begin = int(order.window_ends[window - 1]) if window else 0
-        return begin, int(order.window_ends[window]) - begin
+        begin = order.window_ends[window - 1] if window else 0
+        return begin, order.window_ends[window] - begin
 
-    def _key(self, order: _Epoch, epoch: int, window: int) -> tuple[int, int]:
+    def _key(self, epoch: int, window: int) -> tuple[int, int]:
         """Seed, and the number of the window in the endless sequence."""
-        return self.seed, epoch * len(order.window_ends) + window
+        return self.seed, epoch * -(-self.num_shards // self.window_shards) + window
 
 
 def permute(places: np.ndarray, *, num_rows: int, key: tuple[object, ...]) -> np.ndarray:

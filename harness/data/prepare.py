@@ -1,58 +1,61 @@
-"""Raw sources -> two sets of token shards; finished work is reused, and the bytes do not depend on the processes."""
+"""Raw sources -> two sets of token shards; finished work is kept, and the bytes do not depend on who made them."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
-from harness.data import builtin, sources
+from harness.data import backends, builtin, ranges, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
-from harness.data.encode import ShardJob, make_shard
-from harness.data.rows import RowTable
-from harness.data.template import Template
-from harness.errors import Refused
+from harness.data.encode import KNOWN, ShardJob, SideJob, held_out, make_shard
+from harness.data.examples import example_of, key_of
+from harness.data.progress import Progress
+from harness.data.ranges import InputRange
+from harness.data.rows import Packing, RowTable, plan_folder, summarise
+from harness.data.template import VERSION as TEMPLATE_VERSION
+from harness.data.template import Template, start_ids
+from harness.errors import Failure, Refused
 from harness.formats.index import VERSION, ShardEntry, ShardSetIndex, read_index, write_index
+from harness.log import say
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-SHARD_TEXT_BYTES = 64 << 20
-SMALL_TEXT_BYTES = 4 << 20
+SHARD_TEXT_BYTES = 16 << 20
+"""About so much text goes into a shard; few enough bytes that training can start on the first ones, and that a window of them fits into memory."""
+ALONE_BYTES = 64 << 20
+"""Less text than this is done sooner in one process, whose tokenizer uses all cores, than processes start."""
+HASHES_AT_ONCE = 16_000_000
 SETS = ("train", "validation")
-BACKEND = "tokenizers"
-
-
-@dataclass
-class Split:
-    """The examples of one set, in the order of the source, and what was left out of it."""
-
-    examples: list[Any]
-    rows_in: int
-    dropped: Counter[str]
-    duplicates: int
+Group = tuple[InputRange, ...]
 
 
 def fingerprint(run: RunFile) -> str:
-    """What identifies both sets of a run: sources, tokenizer, template and every option that changes a byte."""
-    data = run.data
-    parts = [str(VERSION), BACKEND, data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump())]
-    parts.append(sources.source_digest(data.train, key="data.train") + str(data.train.max_rows))
+    """What identifies both sets of a run: sources, tokenizer, template and every option that changes a byte, but for the backend."""
+    data, known = run.data, Path(run.data.dir) / ".digests.json"
+    parts = [str(VERSION), str(TEMPLATE_VERSION), data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump()), data.broken_rows, str(SHARD_TEXT_BYTES)]
+    parts.append(sources.source_digest(data.train, key="data.train", known=known) + str(data.train.max_rows))
     if data.validation is not None:
-        parts.append(sources.source_digest(data.validation, key="data.validation") + str(data.validation.max_rows))
+        parts.append(sources.source_digest(data.validation, key="data.validation", known=known) + str(data.validation.max_rows))
     else:
         parts.append(f"share {data.validation_share} seed {run.train.seed}")
     parts.append(f"bpe {data.train_tokenizer.vocab_size}" if data.train_tokenizer else _tokenizer_digest(data.tokenizer or run.model.path))
     return files.digest_text(*parts)
+
+
+def set_fingerprint(base: str, backend: str, name: str) -> str:
+    """That of one set, made by one backend."""
+    return files.digest_text(base, backend, name)
 
 
 def _tokenizer_digest(name: str | None) -> str:
@@ -69,15 +72,17 @@ def prepared_index(run: RunFile) -> ShardSetIndex | None:
     if any(index is None for index in indexes):
         return None
     wanted = fingerprint(run)
-    return indexes[0] if all(index.fingerprint == f"{wanted}-{name}" for index, name in zip(indexes, SETS, strict=True) if index) else None
+    fits = all(index.fingerprint == set_fingerprint(wanted, index.backend, name) for index, name in zip(indexes, SETS, strict=True) if index)
+    return indexes[0] if fits else None
 
 
-def prepare(run: RunFile, *, progress: bool = True) -> Audit:
+def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = None) -> Audit:
     """Make both sets, or find them made.
 
     Args:
         run: the run file.
         progress: show it.
+        executor: workers that share this file system, such as the ranks of an MPI job; by default processes of this machine.
 
     Returns:
         the audit, to render.
@@ -87,87 +92,179 @@ def prepare(run: RunFile, *, progress: bool = True) -> Audit:
     """
     folder = Path(run.data.dir)
     if prepared_index(run) is None:
-        _make(run, folder, progress=progress)
+        _make(run, folder, progress=progress, executor=executor)
     return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", count=3))
 
 
-def _make(run: RunFile, folder: Path, *, progress: bool) -> None:
+def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"{folder} cannot be written: {error.strerror}.", where="data.dir", remedy="Set `data.dir` to another place.") from None
     cache = folder / ".sources"
     try:
-        _make_sets(run, folder, cache, progress=progress)
+        _make_sets(run, folder, cache, progress=progress, executor=executor)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool) -> None:
-    wanted, data = fingerprint(run), run.data
-    train_table = sources.open_source(data.train, data, key="data.train", cache=cache)
-    validation_table = sources.open_source(data.validation, data, key="data.validation", cache=cache) if data.validation else None
-    splits = _split(run, train_table, validation_table)
-    tokenizer = _save_tokenizer(run, folder / "tokenizer", splits["train"].examples)
-    template = Template.from_run(run, tokenizer)
-    for name in SETS:
-        _make_set(folder / name, splits[name], run, tokenizer, template, fingerprint=f"{wanted}-{name}", progress=progress)
+def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, executor: Executor | None) -> None:
+    data, size = run.data, SHARD_TEXT_BYTES
+    train = sources.open_source(data.train, data, key="data.train", cache=cache, size=size)
+    validation = sources.open_source(data.validation, data, key="data.validation", cache=cache, size=size) if data.validation else None
+    tokenizer = _save_tokenizer(run, folder / "tokenizer", train)
+    backend = backends.choose(folder / "tokenizer")
+    text_bytes = sum(part.size for group in [*train, *(validation or ())] for part in group)
+    processes = data.num_processes or (1 if text_bytes <= ALONE_BYTES else workers.cores())
+    with nullcontext(executor) if executor is not None else workers.local_executor(min(processes, len(train))) as pool:
+        maker = Maker(run, folder, tokenizer, pool, progress=progress)
+        try:
+            maker.make(train, validation, backend)
+        except backends.Differs as difference:
+            say(f"fastokens and tokenizers read {str(difference)[:60]!r} differently; all is made anew with tokenizers.")
+            maker.make(train, validation, backends.ORACLE)
+        except BrokenProcessPool:
+            raise Failure("A process that prepares the data was killed, often for want of memory; start again, and finished shards are kept "
+                          "(fewer processes: data.num_processes).") from None
 
 
-def held_out(run: RunFile, key: str) -> bool:
-    """Whether the share of the training source that is kept for validation holds the question `key`."""
-    return int(files.digest_text(str(run.train.seed), key)[:8], 16) < int(run.data.validation_share * 2**32)
+@dataclass
+class Made:
+    """The shards of one set, in order, and what their processes reported."""
+
+    groups: list[Group]
+    parts: list[dict[str, Any]]
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Rows left out, by cause."""
+        return sum((Counter(part["dropped"]) for part in self.parts), Counter())
+
+    @property
+    def rows_in(self) -> int:
+        """Rows of the source."""
+        return sum(part["rows_in"] for part in self.parts)
+
+
+class Maker:
+    """What all shards of a run's sets are made with.
+
+    Args:
+        run: the run file.
+        folder: of both sets.
+        tokenizer: as transformers loaded it.
+        executor: workers, or None for this process.
+        progress: show it.
+    """
+
+    def __init__(self, run: RunFile, folder: Path, tokenizer: Any, executor: Executor | None, *, progress: bool):
+        self.run, self.folder, self.tokenizer, self.executor, self.progress = run, folder, tokenizer, executor, progress
+        self.template = Template.from_run(run, tokenizer)
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+        self.base = fingerprint(run)
+
+    def make(self, train: list[Group], validation: list[Group] | None, backend: str) -> None:
+        """Make both sets with one backend."""
+        for name in SETS:
+            (self.folder / name / "parts").mkdir(parents=True, exist_ok=True)
+            (self.folder / name / "index.json").unlink(missing_ok=True)
+        if validation is None:
+            made = self._shards(train, backend, SETS)
+        else:
+            watch = self._questions(validation)
+            made = self._shards(train, backend, ("train",), watch=watch)
+            exclude = self.folder / "validation" / "parts" / "met.npy"
+            np.save(exclude, np.asarray(sorted({key for part in made["train"].parts for key in part["met"]}), np.uint64))
+            made |= self._shards(validation, backend, ("validation",), exclude=exclude)
+        for name in SETS:
+            self._refuse_losses(made[name], name)
+        for name in SETS:
+            self._finish(made[name], backend, name)
+
+    def _shards(self, groups: list[Group], backend: str, names: tuple[str, ...], **keys: Path) -> dict[str, Made]:
+        jobs = [
+            ShardJob(
+                f"shard-{number:05d}", group, self.run.data, self.run.train.seed,
+                {name: SideJob(self.folder / name, set_fingerprint(self.base, backend, name)) for name in names},
+                self.folder / "tokenizer", backend, self.template, [] if self.template.chat else start_ids(self.tokenizer),
+                self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, **keys,
+            )
+            for number, group in enumerate(groups)
+        ]
+        done: dict[int, dict[str, dict[str, Any]]] = {}
+        with Progress(len(jobs), f"tokenising {' and '.join(names)}", shown=self.progress) as progress:
+            for number, result in workers.results(self.executor, make_shard, jobs):
+                done[number] = result
+                progress.advance(sum(part["entry"]["tokens"] for part in result.values()))
+        return {name: Made(groups, [done[number][name] for number in range(len(jobs))]) for name in names}
+
+    def _questions(self, groups: list[Group]) -> Path:
+        """The validation questions, which must not be trained on."""
+        path = self.folder / "validation" / "parts" / "questions.npy"
+        np.save(path, np.unique(np.fromiter((key_of(example) for example in examples_of(groups, self.run)), np.uint64)))
+        return path
+
+    def _refuse_losses(self, made: Made, name: str) -> None:
+        causes = ", ".join(f"{count} because {cause}" for cause, count in made.dropped.most_common())
+        if sum(part["entry"]["trained_tokens"] for part in made.parts) == 0:
+            detail = f" ({causes})" if causes else ""
+            raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}",
+                          remedy="Check data.shape, data.columns and data.template" + (", or raise data.validation_share." if name == "validation" else "."))
+        lost = made.dropped.total() - made.dropped[KNOWN]
+        if made.rows_in and lost / made.rows_in > self.run.data.max_dropped_share:
+            first = next((f" The first that cannot be read: {place}." for part in made.parts for place in part["broken"]), "")
+            raise Refused(f"{lost} of {made.rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=f"data.{name}",
+                          remedy="Mend the rows, or raise data.max_dropped_share.")
+
+    def _finish(self, made: Made, backend: str, name: str) -> None:
+        """Write what makes a set of the shards, the index last, and take away what only preparing needed."""
+        folder, tokenizer = self.folder / name, self.tokenizer
+        entries = _numbered([ShardEntry.model_validate(part["entry"]) for part in made.parts])
+        broken = [place for part in made.parts for place in part["broken"]]
+        audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(folder / "parts", entries),
+                 **({"broken": broken[:20]} if broken else {})}
+        index = ShardSetIndex(
+            fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            template=self.template.to_dict(), shards=entries, audit=audit,
+        )
+        _write_dataset_files(folder, entries, index.fingerprint)
+        wanted = {file.name for entry in entries for file in entry.files}
+        for stale in folder.glob("shard-*"):
+            if stale.name not in wanted:
+                stale.unlink()
+        packing = Packing.of(self.run.data)
+        for stale in folder.glob("rows-*"):
+            if stale != plan_folder(folder, packing, index.fingerprint):
+                shutil.rmtree(stale)
+        summarise(folder, index, packing)
+        write_index(folder, index)
+        shutil.rmtree(folder / "parts")
+
+
+def examples_of(groups: list[Group], run: RunFile) -> Iterator[Any]:
+    """All examples of a source, in order, read anew."""
+    for group in groups:
+        for part in group:
+            for record in ranges.read(part):
+                if isinstance(record, dict) and (example := example_of(record, run.data)) is not None:
+                    yield example
 
 
 def held_out_questions(run: RunFile, *, count: int) -> list[str]:
     """Some of the built-in questions that a run does not train on."""
-    questions = [question for question, answer in builtin.python_questions() if held_out(run, sources.key_of((question, answer)))]
+    questions = [q for q, answer in builtin.python_questions() if held_out(run.train.seed, run.data.validation_share, key_of((q, answer)))]
     return questions[:: max(1, len(questions) // count)][:count]
 
 
-def _split(run: RunFile, train: Dataset, validation: Dataset | None) -> dict[str, Split]:
-    """Give each example to one side by its question, so that none stands on both."""
-    parts = {name: Split([], 0, Counter(), 0) for name in SETS}
-    seen: dict[str, set[str]] = {name: set() for name in SETS}
-    def add(name: str, example: Any, key: str) -> None:
-        part = parts[name]
-        identity = files.digest_text(json.dumps(example, ensure_ascii=False, sort_keys=True))
-        part.duplicates += identity in seen[name]
-        seen[name].add(identity)
-        part.examples.append(example)
-        train_keys.add(key) if name == "train" else None
-
-    train_keys: set[str] = set()
-    for row in train:
-        example = sources.example_of(row, run.data)
-        key = sources.key_of(example) if example is not None else ""
-        name = "validation" if validation is None and held_out(run, key) else "train"
-        parts[name].rows_in += 1
-        if example is None:
-            parts[name].dropped["a part is empty or missing"] += 1
-        else:
-            add(name, example, key)
-    for row in validation or ():
-        part = parts["validation"]
-        part.rows_in += 1
-        example = sources.example_of(row, run.data)
-        if example is None:
-            part.dropped["a part is empty or missing"] += 1
-        elif (key := sources.key_of(example)) in train_keys:
-            part.dropped["its question is in the training set"] += 1
-        else:
-            add("validation", example, key)
-    return parts
-
-
-def _save_tokenizer(run: RunFile, folder: Path, examples: list[Any]) -> Any:
+def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
     from transformers import AutoTokenizer
 
     data = run.data
     if data.train_tokenizer is not None:
         plain = Template.from_run(run, None) if data.shape != "messages" else Template("messages", "turns")
-        texts = ("".join(text for text, _ in plain.segments(example, None)) for example in examples)
-        train_bpe(texts, vocab_size=data.train_tokenizer.vocab_size, folder=folder)
+        trained = (example for example in examples_of(train, run) if data.validation or not held_out(run.train.seed, data.validation_share, key_of(example)))
+        train_bpe(("".join(text for text, _ in plain.segments(example, None)) for example in trained), vocab_size=data.train_tokenizer.vocab_size, folder=folder)
         return AutoTokenizer.from_pretrained(folder)
     name = data.tokenizer or run.model.path
     where = "data.tokenizer" if data.tokenizer else "model.path"
@@ -184,71 +281,30 @@ def _save_tokenizer(run: RunFile, folder: Path, examples: list[Any]) -> Any:
     return tokenizer
 
 
-def _make_set(folder: Path, split: Split, run: RunFile, tokenizer: Any, template: Template, *, fingerprint: str, progress: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").unlink(missing_ok=True)
-    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
-    jobs = [
-        ShardJob(f"shard-{number:05d}", folder, examples, folder.parent / "tokenizer", template, vocab_size > 65536, fingerprint)
-        for number, examples in enumerate(_ranges(split.examples))
-    ]
-    results = _run_jobs(jobs, run.data.num_processes, folder.name, progress=progress)
-    entries = [ShardEntry.model_validate(result["entry"]) for result in results]
-    dropped = split.dropped + sum((Counter(result["dropped"]) for result in results), Counter())
-    _refuse_losses(split, dropped, entries, run, folder.name)
-    audit = {"rows_in": split.rows_in, "dropped": dict(sorted(dropped.items())), "duplicates": split.duplicates}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    _write_dataset_files(folder, entries, fingerprint)
-    write_index(folder, ShardSetIndex(fingerprint=fingerprint, backend=BACKEND, vocab_size=vocab_size, eos_token_id=tokenizer.eos_token_id,
-                                      pad_token_id=pad, template=template.to_dict(), shards=entries, audit=audit))
-    wanted = {entry.name for entry in entries}
-    for stale in folder.glob("shard-*"):
-        if stale.name.split(".")[0] not in wanted:
-            stale.unlink()
+def _numbered(entries: list[ShardEntry]) -> list[ShardEntry]:
+    """With the row of its file at which each range begins, known once all ranges before it were read."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for entry in entries:
+        placed = []
+        for source in entry.sources:
+            placed.append(source.model_copy(update={"first_row": seen[source.file]}))
+            seen[source.file] += source.rows
+        numbered.append(entry.model_copy(update={"sources": placed}))
+    return numbered
 
 
-def _ranges(examples: list[Any]) -> list[list[Any]]:
-    """Consecutive examples of at most 64 MiB of text; a longer one is a range of its own."""
-    ranges: list[list[Any]] = [[]]
-    held = 0
-    for example in examples:
-        size = sum(len(text.encode()) for text in _texts(example))
-        if ranges[-1] and held + size > SHARD_TEXT_BYTES:
-            ranges.append([])
-            held = 0
-        ranges[-1].append(example)
-        held += size
-    return ranges
-
-
-def _texts(example: Any) -> list[str]:
-    if isinstance(example, str):
-        return [example]
-    return list(example) if isinstance(example, tuple) else [turn["content"] for turn in example]
-
-
-def _run_jobs(jobs: list[ShardJob], num_processes: int | None, name: str, *, progress: bool) -> list[dict[str, Any]]:
-    from rich.progress import track
-
-    workers = min(len(jobs), num_processes or os.cpu_count() or 1)
-    if workers <= 1:
-        return [make_shard(job) for job in track(jobs, f"tokenising {name}", disable=not progress)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(track(pool.map(make_shard, jobs), f"tokenising {name}", total=len(jobs), disable=not progress))
-
-
-def _refuse_losses(split: Split, dropped: Counter[str], entries: list[ShardEntry], run: RunFile, name: str) -> None:
-    causes = ", ".join(f"{count} because {cause}" for cause, count in dropped.most_common())
-    if sum(entry.trained_tokens for entry in entries) == 0:
-        detail = f" ({causes})" if causes else ""
-        raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}",
-                      remedy="Check data.shape, data.columns and data.template" + (", or raise data.validation_share." if name == "validation" else "."))
-    lost = sum(count for cause, count in dropped.items() if "training set" not in cause)
-    if split.rows_in and lost / split.rows_in > run.data.max_dropped_share:
-        raise Refused(
-            f"{lost} of {split.rows_in} rows of the {name} set would be dropped: {causes}.", where=f"data.{name}",
-            remedy="Mend the rows, or raise data.max_dropped_share.",
-        )
+def _duplicates(parts: Path, entries: list[ShardEntry]) -> int:
+    """Rows whose example stood in an earlier row; hashes are compared a part of their range at a time, so that memory stays bounded."""
+    arrays = [np.load(parts / f"{entry.name}.identities.npy", mmap_mode="r") for entry in entries]
+    portions = 1 + sum(len(array) for array in arrays) // HASHES_AT_ONCE
+    edges = [(2**64 * portion // portions) for portion in range(portions)]
+    found = 0
+    for low, high in zip(edges, [*edges[1:], None], strict=True):
+        chosen = [array[np.searchsorted(array, np.uint64(low)) : None if high is None else np.searchsorted(array, np.uint64(high))] for array in arrays]
+        hashes = np.concatenate(chosen)
+        found += len(hashes) - len(np.unique(hashes))
+    return found
 
 
 def _write_dataset_files(folder: Path, entries: list[ShardEntry], fingerprint: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.config.schema import RunFile
-from harness.data.order import Order
-from harness.data.rows import RowTable
+from harness.data.order import Order, shard_and_row
+from harness.data.rows import Packing, RowTable
 from harness.errors import Refused
 
 
@@ -19,6 +19,8 @@ class Piece:
     """Part of a document in a row.
 
     Attributes:
+        file: that the document came from.
+        source_row: its row, line or document in that file, from 1.
         shard: name of its shard.
         document: its number in the shard.
         start: first token.
@@ -26,6 +28,8 @@ class Piece:
         text: how it begins.
     """
 
+    file: str
+    source_row: int
     shard: str
     document: int
     start: int
@@ -70,7 +74,7 @@ class Provenance:
         if not (folder / "index.json").is_file():
             raise Refused(f"{folder} is not a prepared set.", where=str(folder), remedy="Give the folder `train` below the run's data.dir.")
         self.folder, self.run, self.rows_at = folder, run, dict(sorted(rows_at.items()))
-        self.table = RowTable.build(folder, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
+        self.table = RowTable.build(folder, Packing.of(data))
         if self.table.fingerprint != fingerprint:
             raise Refused(
                 f"The run did not train on the rows in {folder}, or they were prepared anew since.", where=str(folder),
@@ -93,10 +97,11 @@ class Provenance:
             known = f"steps {min(self.rows_at)} to {max(self.rows_at)}" if self.rows_at else "no step"
             raise Refused(f"The run has not recorded step {step}.", where="--step", remedy=f"It has recorded {known}.")
         first = max((rows for number, rows in self.rows_at.items() if number < step), default=0)
-        rows = self.order.rows(first, self.rows_at[step] - first).tolist()
+        ids = self.order.rows(first, self.rows_at[step] - first)
+        trained = self.table.trained_tokens(ids).tolist()
         return [
-            TrainedRow(first + place, (first + place) // self.order.num_rows, row, int(self.table.trained[row]), self._pieces(row, tokenizer, longest))
-            for place, row in enumerate(rows)
+            TrainedRow(first + place, (first + place) // self.order.num_rows, self.table.number(row_id), trained[place], self._pieces(row_id, tokenizer, longest))
+            for place, row_id in enumerate(ids.tolist())
         ]
 
     def steps_of_row(self, row: int) -> list[tuple[int, int, int | None]]:
@@ -108,29 +113,23 @@ class Provenance:
         Raises:
             Refused: when the set has no such row.
         """
-        if not 0 <= row < self.order.num_rows:
-            raise Refused(f"The set has no row {row}.", where="ROW", remedy=f"Its rows are 0 to {self.order.num_rows - 1}.")
+        if not 0 <= row < self.table.num_rows:
+            raise Refused(f"The set has no row {row}.", where="ROW", remedy=f"Its rows are 0 to {self.table.num_rows - 1}.")
+        shard, place = (int(value) for value in shard_and_row(self.table.ids(np.asarray([row]))[0]))
         consumed, found = max(self.rows_at.values(), default=0), []
         for epoch in range(max(0, consumed - 1) // self.order.num_rows + 1):
-            position = self.order.position(row, epoch=epoch)
+            position = self.order.position(shard, place, epoch=epoch)
             found.append((epoch, position, next((step for step, rows in self.rows_at.items() if rows > position), None)))
         return found
 
-    @cached_property
-    def _documents(self) -> Any:
-        import datasets
-
-        return datasets.load_from_disk(str(self.folder))
-
-    @cached_property
-    def _before(self) -> list[int]:
-        """Documents in front of each shard."""
-        return [0, *accumulate(shard.rows for shard in self.table.index.shards)]
-
-    def _pieces(self, row: int, tokenizer: Any, longest: int) -> list[Piece]:
+    def _pieces(self, row_id: int, tokenizer: Any, longest: int) -> list[Piece]:
+        shard = int(shard_and_row(np.asarray(row_id))[0])
+        entry, (flat, offsets, *_) = self.table.index.shards[shard], self.table.shard(shard).tokens
+        records = np.load(self.folder / f"{entry.name}.records.npy", mmap_mode="r")
         pieces = []
-        for shard, document, start, stop in self.table.pieces_of(row).tolist():
-            ids = self._documents[self._before[shard] + document]["input_ids"][start:stop]
-            text = " ".join(tokenizer.decode(ids[: 2 * longest]).split())
-            pieces.append(Piece(self.table.index.shards[shard].name, document, start, stop, text[:longest]))
+        for document, start, stop in self.table.pieces_of(row_id).tolist():
+            file, row = entry.origin(int(records[document]))
+            ids = flat[offsets[document] + start : offsets[document] + stop]
+            text = " ".join(tokenizer.decode(ids[: 2 * longest].tolist()).split())
+            pieces.append(Piece(file, row + 1, entry.name, document, start, stop, text[:longest]))
         return pieces

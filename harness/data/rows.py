@@ -1,44 +1,65 @@
-"""Training rows: pieces of documents packed to the sequence length, computed from the index alone."""
+"""Training rows: pieces of documents packed to the sequence length, a shard at a time, computed from its arrays of lengths and spans."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from harness import files
-from harness.config.schema import RunFile
+from harness.config.schema import Data, RunFile
 from harness.data.order import VERSION as ORDER_VERSION
-from harness.data.order import Order
+from harness.data.order import Order, row_ids, shard_and_row
 from harness.errors import Failure
-from harness.formats.index import ShardSetIndex, read_index
+from harness.formats.index import ShardEntry, ShardSetIndex, read_index
 
 PACKING_VERSION = 1
+OPEN_SHARDS = 64
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
-class RowTable:
-    """All rows of a set under one sequence length.
+class Packing:
+    """How documents become rows.
 
     Attributes:
-        folder: of the set.
-        index: of the set.
         sequence_length: tokens of a row.
-        fingerprint: of data and packing: what the order of rows depends on, besides the seed.
-        pieces: int64 [num_pieces, 4]: shard, document in it, start, stop; the pieces of a row stand together.
-        starts: int64 [num_rows + 1]: where the pieces of each row begin.
-        trained: int64 [num_rows]: trained tokens of each row.
+        how: none or best_fit.
+        long_documents: cut (at multiples of the sequence length), truncate or drop.
+    """
+
+    sequence_length: int
+    how: str
+    long_documents: str
+
+    @classmethod
+    def of(cls, data: Data) -> Packing:
+        """That of a run file."""
+        return cls(data.sequence_length, data.packing, data.long_documents)
+
+    def fingerprint(self, index_fingerprint: str) -> str:
+        """What the rows of a set depend on."""
+        return files.digest_text(index_fingerprint, str(self.sequence_length), self.how, self.long_documents, str(PACKING_VERSION))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one shard.
+
+    Attributes:
+        pieces: int32 [num_pieces, 3]: document, start, stop; the pieces of a row stand together.
+        starts: int32 [num_rows + 1]: where the pieces of each row begin.
+        trained: int32 [num_rows]: trained tokens of each row.
         truncated: documents that lost their end.
         dropped: documents that were left out for their length.
     """
 
-    folder: Path
-    index: ShardSetIndex
-    sequence_length: int
-    fingerprint: str
     pieces: np.ndarray
     starts: np.ndarray
     trained: np.ndarray
@@ -47,81 +68,206 @@ class RowTable:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the shard."""
+        return len(self.trained)
+
+    @classmethod
+    def make(cls, lengths: np.ndarray, spans: np.ndarray, packing: Packing) -> Plan:
+        """Cut and pack the documents of a shard.
+
+        Args:
+            lengths: integers [documents].
+            spans: integers [spans, 3]: document, start, stop of what is trained, ordered by document.
+            packing: how.
+        """
+        pieces, lost = cut(lengths.astype(np.int64), packing.sequence_length, packing.long_documents)
+        order, ends = _pack(pieces[:, 2] - pieces[:, 1], packing.sequence_length, packing.how)
+        pieces = pieces[order]
+        starts = np.concatenate([[0], ends])
+        trained = trained_in_pieces(pieces, spans.astype(np.int64), len(lengths))
+        of_rows = np.add.reduceat(trained, starts[:-1]) if len(ends) else np.zeros(0, np.int64)
+        return cls(pieces.astype(np.int32), starts.astype(np.int32), of_rows.astype(np.int32), *lost.tolist())
+
+    @classmethod
+    def open(cls, path: Path) -> Plan:
+        """Memory-mapped, as `write` left it."""
+        flat = np.load(path, mmap_mode="r")
+        num_rows, num_pieces, truncated, dropped = flat[:4].tolist()
+        starts, trained = flat[4 : 5 + num_rows], flat[5 + num_rows : 5 + 2 * num_rows]
+        return cls(flat[5 + 2 * num_rows :].reshape(num_pieces, 3), starts, trained, truncated, dropped)
+
+    def write(self, path: Path) -> None:
+        """One int32 array: four counts, starts, trained, pieces."""
+        head = np.asarray([self.num_rows, len(self.pieces), self.truncated, self.dropped], np.int32)
+        flat = np.concatenate([head, self.starts, self.trained, self.pieces.ravel()])
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(aside, "wb") as stream:
+            np.save(stream, flat)
+        os.replace(aside, path)
+
+
+def plan_folder(folder: Path, packing: Packing, fingerprint: str) -> Path:
+    """Where the plans of a set's shards under one packing are kept."""
+    return folder / f"rows-{packing.fingerprint(fingerprint)[:16]}"
+
+
+def write_plan(folder: Path, name: str, lengths: np.ndarray, spans: np.ndarray, packing: Packing, *, fingerprint: str) -> None:
+    """Pack one shard as soon as it is made, so that nobody waits for the packing of the whole set."""
+    plans = plan_folder(folder, packing, fingerprint)
+    plans.mkdir(exist_ok=True)
+    Plan.make(lengths, spans, packing).write(plans / f"{name}.npy")
+
+
+@dataclass
+class OpenShard:
+    """A shard in use: its plan and, when asked for, its tokens, memory-mapped."""
+
+    path: Path
+    plan: Plan
+
+    @cached_property
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of all documents; where each begins; trained spans int64 [spans, 2]; where those of each document begin."""
+        import pyarrow as pa
+
+        table = pa.ipc.open_stream(pa.memory_map(str(self.path))).read_all()
+        ids, starts, stops = (table[name].chunk(0) for name in ("input_ids", "trained_starts", "trained_stops"))
+        spans = np.column_stack([starts.values.to_numpy(), stops.values.to_numpy()])
+        return ids.values.to_numpy(zero_copy_only=True), ids.offsets.to_numpy(), spans, starts.offsets.to_numpy()
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """All rows of a set under one packing. A row is known by its `row_ids`: shard and place in it.
+
+    Attributes:
+        folder: of the set.
+        index: of the set.
+        packing: how documents became rows.
+        summary: of all plans: rows, filled and trained tokens of each shard; truncated and dropped documents.
+        plans: folder of the plans.
+    """
+
+    folder: Path
+    index: ShardSetIndex
+    packing: Packing
+    summary: dict[str, Any]
+    plans: Path
+    _open: OrderedDict[int, OpenShard] = field(default_factory=OrderedDict, repr=False, compare=False)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        return self.packing.sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """Of data, packing and order: what a cursor means, besides the seed."""
+        return files.digest_text(self.packing.fingerprint(self.index.fingerprint), str(ORDER_VERSION))
+
+    @property
+    def num_rows(self) -> int:
         """Rows of one epoch."""
-        return len(self.starts) - 1
+        return sum(self.summary["rows"])
 
     @property
     def filled_share(self) -> float:
         """Share of positions that hold a token of a document."""
-        filled = int((self.pieces[:, 3] - self.pieces[:, 2]).sum())
-        return filled / max(1, self.num_rows * self.sequence_length)
+        return sum(self.summary["filled"]) / max(1, self.num_rows * self.sequence_length)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [shards]: rows up to the end of each shard, for people's numbers of rows."""
+        return np.cumsum(np.asarray(self.summary["rows"], np.int64))
 
     def order(self, *, seed: int, window_shards: int) -> Order:
         """The order in which a run trains on these rows."""
-        shards = self.pieces[self.starts[:-1], 0]
-        return Order(np.bincount(shards, minlength=len(self.index.shards)), seed, window_shards)
+        return Order(len(self.index.shards), self.summary["rows"].__getitem__, seed, window_shards)
 
-    def trained_tokens(self, row_ids: np.ndarray) -> np.ndarray:
+    def ids(self, numbers: np.ndarray) -> np.ndarray:
+        """`row_ids` of rows numbered shard after shard."""
+        shards = np.searchsorted(self.ends, numbers, side="right")
+        before = np.concatenate([[0], self.ends])[shards]
+        return row_ids(shards, numbers - before)
+
+    def number(self, row_id: int) -> int:
+        """The number of a row, shard after shard."""
+        shard, row = (int(value) for value in shard_and_row(np.asarray(row_id)))
+        return int(self.ends[shard]) - self.summary["rows"][shard] + row
+
+    def trained_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n]: how many labels of each row are trained."""
-        return self.trained[row_ids]
+        shards, rows = shard_and_row(ids)
+        found = np.empty(len(ids), np.int64)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            found[chosen] = self.shard(shard).plan.trained[rows[chosen]]
+        return found
 
-    def pieces_of(self, row: int) -> np.ndarray:
-        """int64 [pieces, 4] of one row."""
-        return self.pieces[self.starts[row] : self.starts[row + 1]]
+    def pieces_of(self, row_id: int) -> np.ndarray:
+        """int32 [pieces, 3] of one row: document in its shard, start, stop."""
+        shard, row = row_id >> 32, row_id & 0xFFFFFFFF
+        plan = self.shard(shard).plan
+        return plan.pieces[plan.starts[row] : plan.starts[row + 1]]
+
+    def shard(self, number: int) -> OpenShard:
+        """A shard, opened; the longest unused one is closed when there are too many."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        entry = self.index.shards[number]
+        self._open[number] = OpenShard(self.folder / f"{entry.name}.arrow", self._plan(entry))
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+    def _plan(self, entry: ShardEntry) -> Plan:
+        path = self.plans / f"{entry.name}.npy"
+        return Plan.open(path) if path.is_file() else _make_plan(self.folder, entry, self.packing)
 
     @classmethod
     def of_run(cls, run: RunFile, which: str) -> RowTable:
         """The rows of a run's prepared `train` or `validation` set."""
-        data = run.data
-        return cls.build(Path(data.dir) / which, sequence_length=data.sequence_length, packing=data.packing, long_documents=data.long_documents)
+        return cls.build(Path(run.data.dir) / which, Packing.of(run.data))
 
     @classmethod
-    def build(cls, folder: Path, *, sequence_length: int, packing: str, long_documents: str) -> RowTable:
-        """Compute the rows of a set, or read them from the cache beside it.
-
-        Args:
-            folder: of a prepared set.
-            sequence_length: tokens of a row.
-            packing: none or best_fit.
-            long_documents: cut (at multiples of the sequence length), truncate or drop.
-        """
+    def build(cls, folder: Path, packing: Packing) -> RowTable:
+        """The rows of a prepared set: planned while it was made, or now and kept beside it."""
         index = read_index(folder)
         if index is None:
             raise Failure(f"{folder} is not a prepared set; run `harness prepare`.")
-        order = [f"order {ORDER_VERSION}"] if len(index.shards) > 1 else []  # the order within one shard has never changed
-        key = files.digest_text(index.fingerprint, str(sequence_length), packing, long_documents, str(PACKING_VERSION), *order)
-        cache = folder / f"rows-{key[:16]}.npz"
-        if cache.is_file():
-            with np.load(cache) as held:
-                arrays = {name: held[name] for name in ("pieces", "starts", "trained", "lost")}
+        plans = plan_folder(folder, packing, index.fingerprint)
+        summary = files.read_json(plans / SUMMARY) if (plans / SUMMARY).is_file() else summarise(folder, index, packing)
+        return cls(folder, index, packing, summary, plans)
+
+
+def summarise(folder: Path, index: ShardSetIndex, packing: Packing) -> dict[str, Any]:
+    """Plan the shards that are not planned yet, and keep what all plans add up to."""
+    plans = plan_folder(folder, packing, index.fingerprint)
+    writable = os.access(folder, os.W_OK)
+    if writable:
+        plans.mkdir(exist_ok=True)
+    summary: dict[str, Any] = {"rows": [], "filled": [], "trained": [], "truncated": 0, "dropped": 0}
+    for entry in index.shards:
+        path = plans / f"{entry.name}.npy"
+        if path.is_file():
+            plan = Plan.open(path)
         else:
-            arrays = _compute(folder, index, sequence_length, packing, long_documents)
-            _write_cache(cache, arrays)
-        truncated, dropped = arrays["lost"].tolist()
-        return cls(folder, index, sequence_length, key, arrays["pieces"], arrays["starts"], arrays["trained"], truncated, dropped)
+            plan = _make_plan(folder, entry, packing)
+            if writable:
+                plan.write(path)
+        summary["rows"].append(plan.num_rows)
+        summary["filled"].append(int((plan.pieces[:, 2] - plan.pieces[:, 1]).sum(dtype=np.int64)))
+        summary["trained"].append(int(plan.trained.sum(dtype=np.int64)))
+        summary["truncated"] += plan.truncated
+        summary["dropped"] += plan.dropped
+    if writable:
+        files.write_json(plans / SUMMARY, summary)
+    return summary
 
 
-def _compute(folder: Path, index: ShardSetIndex, length: int, packing: str, long_documents: str) -> dict[str, np.ndarray]:
-    all_pieces, all_trained, starts, lost = [], [], [np.zeros(1, np.int64)], np.zeros(2, np.int64)
-    held = 0
-    for number, shard in enumerate(index.shards):
-        lengths = np.load(folder / f"{shard.name}.lengths.npy").astype(np.int64)
-        spans = np.load(folder / f"{shard.name}.spans.npy").astype(np.int64)
-        pieces, losses = cut(lengths, length, long_documents)
-        lost += losses
-        order, ends = _pack(pieces[:, 2] - pieces[:, 1], length, packing)
-        pieces = pieces[order]
-        trained = trained_in_pieces(pieces, spans, len(lengths))
-        all_pieces.append(np.column_stack([np.full(len(pieces), number, np.int64), pieces]))
-        all_trained.append(np.add.reduceat(trained, np.concatenate([[0], ends[:-1]])) if len(ends) else np.zeros(0, np.int64))
-        starts.append(ends + held)
-        held += len(pieces)
-    return {
-        "pieces": np.concatenate(all_pieces) if all_pieces else np.zeros((0, 4), np.int64),
-        "starts": np.concatenate(starts),
-        "trained": np.concatenate(all_trained) if all_trained else np.zeros(0, np.int64),
-        "lost": lost,
-    }
+def _make_plan(folder: Path, entry: ShardEntry, packing: Packing) -> Plan:
+    return Plan.make(np.load(folder / f"{entry.name}.lengths.npy"), np.load(folder / f"{entry.name}.spans.npy"), packing)
 
 
 def cut(lengths: np.ndarray, length: int, long_documents: str) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +347,3 @@ def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
                 insort(rooms, left)
             by_room[left].append(row)
     return rows
-
-
-def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not os.access(path.parent, os.W_OK):
-        return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(aside, **arrays)
-    os.replace(aside, path)

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from harness.data.loader import OPENS, TRAINED, UNTRAINED
 from harness.engine import loss_scale, slices
 from harness.engine.stage0 import guard_stage0
 
@@ -45,7 +47,7 @@ class CommonEngine(ABC):
         """Sums over the trained tokens of this rank's micro-batches."""
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]], *, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:
         """Answer each prompt greedily, on all ranks together."""
 
     @abstractmethod
@@ -107,9 +109,20 @@ class CommonEngine(ABC):
                 aliases[name] = first[id(parameter)]
         return aliases
 
-    def put(self, array: Any) -> torch.Tensor:
-        """An array of the loader on the device, as int64."""
-        return torch.as_tensor(array).to(self.device, torch.int64, non_blocking=True)
+    def widen(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch of the loader as the model takes it, widened on the device.
+
+        Returns:
+            input_ids, position_ids, labels: int64 [micro_batch, sequence_length].
+        """
+        narrow = batch.tokens.view(np.int16) if batch.tokens.dtype == np.uint16 else batch.tokens
+        ids = torch.as_tensor(narrow).to(self.device, non_blocking=True).long()
+        if batch.tokens.dtype == np.uint16:
+            ids &= 0xFFFF
+        marks = torch.as_tensor(batch.marks).to(self.device, non_blocking=True)
+        places = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        opened = torch.where((marks & OPENS).bool(), places, 0).cummax(dim=1).values
+        return {"input_ids": ids, "position_ids": places - opened, "labels": torch.where((marks & TRAINED).bool(), ids, UNTRAINED)}
 
     def close(self) -> None:
         """Free DeepSpeed's threads, hooks and swap files."""

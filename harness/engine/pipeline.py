@@ -21,6 +21,7 @@ from harness.engine.instructions import Clock, take_over
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.errors import Refused
+from harness.model.attention import use_attention
 from harness.model.build import DTYPES, decay_groups, enable_activation_checkpointing
 from harness.model.measure import time_costs
 from harness.model.partition import UNEVEN, skeleton, stage_bounds
@@ -101,6 +102,9 @@ class PipelineEngine(CommonEngine):
         self.run, self.config, self.device = run, config, device
         self.stage = int(zero(ds_config).get("stage", 0))
         self.grid = Grid(run.engine.pipeline_stages, distributed.size(), distributed.rank())
+        use_attention(
+            config, run.model.attention, device_type=device.type, precision=run.train.precision, sequence_length=run.data.sequence_length
+        )
         self.bounds = _agreed_bounds(run, config, device)
         stage = build_stage(config, self.bounds, self.grid.pp_stage, weights=weights, precision=run.train.precision, seed=run.train.seed)
         enable_activation_checkpointing(stage.model, run.train.activation_checkpointing, first_block=stage.bounds[0])
@@ -159,7 +163,8 @@ class PipelineEngine(CommonEngine):
         return loss * (self.grid.dp_size * self.deepspeed.micro_batches)
 
     def _item(self, batch: Batch) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        return (torch.as_tensor(batch.input_ids), torch.as_tensor(batch.position_ids)), torch.as_tensor(batch.labels)
+        inputs = self.widen(batch)
+        return (inputs["input_ids"], inputs["position_ids"]), inputs["labels"]
 
     def eval_sums(self, batches: Iterable[Batch]) -> torch.Tensor:
         """Sums over the trained tokens of this pipeline's micro-batches; every rank must have equally many.
@@ -179,12 +184,12 @@ class PipelineEngine(CommonEngine):
         return self._sums.clone()
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], *, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:
         """Answer each prompt greedily, on all ranks together; each token is one way through the stages.
 
         Args:
             prompts: token ids.
-            tokenizer: for the end-of-text token.
+            stop_ids: tokens that end an answer.
             max_new_tokens: bound of each answer.
 
         Returns:
@@ -194,7 +199,7 @@ class PipelineEngine(CommonEngine):
         answers = []
         for prompt in prompts:
             ids = list(prompt)
-            while len(ids) < len(prompt) + max_new_tokens and ids[len(prompt):][-1:] != [tokenizer.eos_token_id]:
+            while len(ids) < len(prompt) + max_new_tokens and not set(ids[len(prompt):][-1:]) & set(stop_ids):
                 ids.append(self._next_token(ids))
             answers.append(ids[len(prompt):])
         return answers

@@ -14,6 +14,7 @@ from harness.engine.common import CommonEngine, initialize
 from harness.engine.holdings import parameter_names
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
+from harness.model.attention import use_attention
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class ZeroEngine(CommonEngine):
     def __init__(self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None):
         self.run, self.config, self.device = run, config, device
         self.stage = int(zero(ds_config).get("stage", 0))
+        use_attention(
+            config, run.model.attention, device_type=device.type, precision=run.train.precision, sequence_length=run.data.sequence_length
+        )
         self._alive = _announce_stage3(ds_config) if self.stage == 3 else None
         self.model = build(
             config, path=weights, precision=run.train.precision, seed=run.train.seed, zero3=self.stage == 3, trust_code=run.model.trust_code
@@ -81,10 +85,7 @@ class ZeroEngine(CommonEngine):
         return StepResult(loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied())
 
     def _forward(self, batch: Batch, *, tokens: int) -> Any:
-        return self.deepspeed(
-            input_ids=self.put(batch.input_ids), position_ids=self.put(batch.position_ids), labels=self.put(batch.labels),
-            use_cache=False, num_items_in_batch=tokens,
-        )
+        return self.deepspeed(**self.widen(batch), use_cache=False, num_items_in_batch=tokens)
 
     @torch.no_grad()
     def eval_sums(self, batches: Iterable[Batch]) -> torch.Tensor:
@@ -100,22 +101,20 @@ class ZeroEngine(CommonEngine):
         return sums
 
     def _eval_sums(self, batch: Batch) -> torch.Tensor:
-        labels = self.put(batch.labels)
-        output = self.deepspeed(
-            input_ids=self.put(batch.input_ids), position_ids=self.put(batch.position_ids), labels=labels, use_cache=False, num_items_in_batch=1
-        )
+        inputs = self.widen(batch)
+        output = self.deepspeed(**inputs, use_cache=False, num_items_in_batch=1)
         loss = output.loss
         if getattr(output, "aux_loss", None) is not None and self._aux_coefficient:
             loss = loss - self._aux_coefficient * output.aux_loss
-        return evaluation_sums(loss, output.logits, labels)
+        return evaluation_sums(loss, output.logits, inputs["labels"])
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], *, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:
         """Answer each prompt greedily, on all ranks together, as ZeRO-3 needs it.
 
         Args:
             prompts: token ids.
-            tokenizer: for the end-of-text token.
+            stop_ids: tokens that end an answer.
             max_new_tokens: bound of each answer.
 
         Returns:
@@ -127,7 +126,7 @@ class ZeroEngine(CommonEngine):
             ids = torch.tensor([prompt], dtype=torch.int64, device=self.device)
             output = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, synced_gpus=self.stage == 3,
+                eos_token_id=stop_ids, pad_token_id=stop_ids[0], synced_gpus=self.stage == 3,
             )
             answers.append(output[0, len(prompt):].tolist())
         return answers

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.load import Loaded
 from harness.errors import Refused
+from harness.model.attention import use_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def load_config(loaded: Loaded) -> PretrainedConfig:
     """The configuration of the model that the run file names.
 
     Raises:
-        Refused: unknown architecture or field, a folder without a configuration, code that is not trusted.
+        Refused: unknown architecture or field, a folder without a configuration, code that is not trusted, attention that does not fit.
     """
     from transformers import AutoConfig
 
@@ -44,7 +45,10 @@ def load_config(loaded: Loaded) -> PretrainedConfig:
             if isinstance(getattr(config, name, None), (int, float)):
                 setattr(config, name, section.dropout)
     config.use_cache = False
-    config._attn_implementation = section.attention
+    use_attention(  # as on a CPU, which fits everywhere; the engine knows its device and chooses again
+        config, section.attention, device_type="cpu", precision=loaded.run.train.precision, sequence_length=loaded.run.data.sequence_length,
+        where=f"model.attention ({loaded.origin('model.attention')})",
+    )
     return config
 
 

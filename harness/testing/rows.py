@@ -29,5 +29,5 @@ def cut(rows: tuple[np.ndarray, np.ndarray, np.ndarray], *, micro_batch: int, ra
     """This rank's micro-batches of a global batch."""
     ids, positions, labels = rows
     firsts = [(slot * ranks + rank) * micro_batch for slot in range(len(ids) // (micro_batch * ranks))]
-    micro = [Batch(ids[f : f + micro_batch], positions[f : f + micro_batch], labels[f : f + micro_batch], np.zeros_like(ids[f : f + micro_batch]), f) for f in firsts]
+    micro = [Batch.of(ids[f : f + micro_batch], positions[f : f + micro_batch], labels[f : f + micro_batch], f) for f in firsts]
     return GlobalBatch(micro, int((labels != UNTRAINED).sum()), len(ids), 0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import datasets
 import numpy as np
 import pytest
 
 from harness.config.schema import RunFile
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.provenance import Provenance
-from harness.data.rows import RowTable
+from harness.data.rows import Packing, RowTable
 from harness.errors import Refused
 
 
@@ -18,7 +22,7 @@ def provenance(prepared) -> Provenance:
         "run_dir": "unused", "model": {"path": "unused"}, "train": {"steps": 9, "global_batch_rows": 4, "seed": 6},
         "data": {"dir": str(prepared), "train": {"path": "unused"}, "sequence_length": 32},
     })
-    rows = RowTable.build(prepared / "train", sequence_length=32, packing="best_fit", long_documents="cut")
+    rows = RowTable.build(prepared / "train", Packing(32, "best_fit", "cut"))
     return Provenance(prepared / "train", run, {step: 4 * step for step in range(1, 9)}, fingerprint=rows.fingerprint)
 
 
@@ -37,17 +41,20 @@ def test_a_step_is_shown_as_the_loader_reads_it(provenance, tokenizer):
         shown = provenance.rows_of_step(step, tokenizer)
         assert sum(row.trained_tokens for row in shown) == batch.trained_tokens
         for place, row in enumerate(shown):
-            documents = [reader._document(int(piece.shard.removeprefix("shard-")), piece.document)[0][piece.start : piece.stop] for piece in row.pieces]
+            documents = [datasets.load_from_disk(str(provenance.folder))[piece.document]["input_ids"][piece.start : piece.stop] for piece in row.pieces]
             joined = np.concatenate(documents)
             assert np.array_equal(batch.micro_batches[0].input_ids[place][: len(joined)], joined)
             assert row.pieces[0].text and all(len(piece.text) <= 60 for piece in row.pieces)
+            for piece in row.pieces:
+                source = json.loads(Path(piece.file).read_text().splitlines()[piece.source_row - 1])
+                assert piece.text in " ".join(f"{source['prompt']} {source['completion']} <|endoftext|>".replace(" <|", "<|").split())
 
 
 def test_a_row_says_in_which_steps_it_was_trained(provenance, tokenizer):
     for step in (1, 4, 8):
         for row in provenance.rows_of_step(step, tokenizer):
             assert (row.epoch, row.position, step) in provenance.steps_of_row(row.row)
-    late = int(provenance.order.rows(provenance.order.num_rows - 1, 1)[0])
+    late = provenance.table.number(int(provenance.order.rows(provenance.order.num_rows - 1, 1)[0]))
     epoch, position, step = provenance.steps_of_row(late)[0]
     assert (epoch, position) == (0, provenance.order.num_rows - 1) and (step is None) == (position >= 32)
 

@@ -209,7 +209,7 @@ def generated(weights: str, prompts: list[list[int]]) -> list[list[int]]:
     step_of(engine, 1)  # the shapes of training and of generation do not disturb each other
     engine.close()
     engine = opened("zero1", "gpt2", stages=2, weights=weights)
-    answers = engine.generate(prompts, tokenizer=SimpleNamespace(eos_token_id=0), max_new_tokens=12)
+    answers = engine.generate(prompts, stop_ids=[0], max_new_tokens=12)
     step_of(engine, 1)
     engine.close()
     return answers

@@ -1,16 +1,21 @@
-"""What only a GPU shows: FusedAdam, fp16 with loss scaling, bf16, and the same numbers as plain PyTorch on the same device."""
+"""What only a GPU shows: FusedAdam, fp16 with loss scaling, bf16, attention by pieces, and the same numbers as plain PyTorch on the same device."""
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from harness.model import attention, pieces
+from harness.model.attention import VARLEN, choose_attention, use_attention
+from harness.model.build import build
 from harness.testing.models import VOCABULARY, tiny_config
 from harness.testing.rows import cut, random_rows
 from tests.engine import work
+from tests.model.test_packing import packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 STEPS = 10
@@ -110,3 +115,120 @@ distributed.shutdown()
 def test_fp16_with_loss_scaling_learns(device, tmp_path, name):
     losses = trained(device, name, "fp16", str(tmp_path))
     assert all(math.isfinite(loss) for loss in losses)
+
+
+PACKED = 320
+"""Tokens of a row in which pieces are packed."""
+CUTS = [{1, 2, 100, 163}, {255}, set()]
+LONG = 16_384
+"""Tokens of a row whose dense mask takes 256 MiB at a byte an entry."""
+
+
+def packed_config(kind: str, name: str, precision: str, *, length: int = PACKED, layers: int = 2, width: int = 128) -> Any:
+    """Four heads, and weights large enough for attention to matter."""
+    positions = {"n_positions": length} if kind == "gpt2" else {"max_position_embeddings": length}
+    config = tiny_config(kind, width=width, layers=layers, initializer_range=0.1, **positions)
+    use_attention(config, name, device_type="cuda", precision=precision, sequence_length=length)
+    return config
+
+
+def packed_models(device: torch.device, kind: str, *settings: tuple[str, str]) -> list[Any]:
+    """A model for each (attention, precision), all of the same weights, which 16 bit hold exactly."""
+    models = [
+        build(packed_config(kind, name, precision), path=None, precision=precision, seed=0, zero3=False).to(device) for name, precision in settings
+    ]
+    weights = {name: tensor.bfloat16().half().float() for name, tensor in models[0].state_dict().items()}
+    for model in models:
+        model.load_state_dict(weights)
+    return models
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of the second's size."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def needs(name: str, kind: str = "llama") -> None:
+    """Skip where this GPU or this machine cannot do it."""
+    config = tiny_config(kind, width=128)
+    missing = attention.gpu_obstacle(config) if name == "varlen" else not attention.flex_fits(config) and f"no flex attention for {kind}"
+    if missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("kind, precision, name", [
+    ("gpt2", "bf16", "varlen"), ("gpt2", "fp16", "varlen"), ("llama", "bf16", "varlen"), ("llama", "fp16", "varlen"),
+    ("llama", "bf16", "flex_attention"),
+])
+@torch.no_grad()
+def test_packed_pieces_have_the_logits_that_they_have_alone(device, monkeypatch, kind, precision, name):
+    """Rounding in bf16 makes 1% of them here, and a piece that saw another more than 20%."""
+    needs(name, kind)
+    monkeypatch.setattr(pieces, "_by_piece", None)  # on a GPU in 16 bit it is the kernel that answers
+    ours, dense, exact = (model.eval() for model in packed_models(device, kind, (name, precision), ("sdpa", precision), ("sdpa", "fp32")))
+    ids, positions, borders = (tensor.to(device) if torch.is_tensor(tensor) else tensor for tensor in packed(CUTS, length=PACKED))
+
+    def logits(model: Any, positions: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    def alone(model: Any) -> torch.Tensor:
+        parts = [model(input_ids=ids[row, a:b][None], position_ids=positions[row, a:b][None], use_cache=False).logits[0] for row, a, b in borders]
+        return torch.cat(parts).view(len(ids), PACKED, -1)
+
+    together, reference = logits(ours, positions), alone(exact)
+    assert error(together, reference) <= 2e-2 and error(together, alone(dense)) <= 2e-2
+    assert error(logits(ours, torch.arange(PACKED, device=device).expand_as(ids)), reference) > 0.2, "else nothing was compared"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_packed_gradients_are_those_of_the_dense_mask(device, monkeypatch, kind, checkpointing):
+    needs("varlen", kind)
+    monkeypatch.setattr(pieces, "_by_piece", None)
+    ids, positions, _ = packed(CUTS, length=PACKED)
+    ids, positions = ids.to(device), positions.to(device)
+    gradients = []
+    for model in packed_models(device, kind, ("varlen", "bf16"), ("sdpa", "bf16"), ("sdpa", "fp32")):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    ours, dense, exact = gradients
+    assert error(dense, exact) <= 0.1, "what bf16 alone makes of them"
+    assert error(ours, exact) <= 1.5 * error(dense, exact) and error(ours, dense) <= 2 * error(dense, exact)
+
+
+def test_in_fp32_each_piece_is_a_call_of_sdpa(device):
+    ours, dense = packed_models(device, "llama", ("varlen", "fp32"), ("sdpa", "fp32"))
+    ids, positions, _ = (tensor.to(device) if torch.is_tensor(tensor) else tensor for tensor in packed(CUTS, length=PACKED))
+    with torch.no_grad():
+        logits = [model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits for model in (ours, dense)]
+    assert error(*logits) <= 1e-5
+
+
+def peak_bytes(device: torch.device, name: str) -> int:
+    """What one forward and backward pass of a long packed row adds to the memory in use, without a head."""
+    config = packed_config("llama", name, "bf16", length=LONG, layers=1, width=64)
+    model = build(config, path=None, precision="bf16", seed=0, zero3=False).to(device).train()
+    ids, positions, _ = packed([set(range(1000, LONG, 1000))], length=LONG)
+    ids, positions = ids.to(device), positions.to(device)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum().backward()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def test_no_mask_grows_with_the_square_of_the_row(device):
+    needs("varlen")
+    assert peak_bytes(device, "varlen") < LONG * LONG <= peak_bytes(device, "sdpa")
+
+
+def test_auto_takes_the_kernel_where_there_is_one(device):
+    config = tiny_config("llama", width=128)
+    needs("varlen")
+    for precision, expected in (("bf16", VARLEN), ("fp16", VARLEN), ("fp32", "sdpa")):
+        assert choose_attention("auto", config, device_type="cuda", precision=precision, sequence_length=PACKED) == expected

@@ -1,0 +1,166 @@
+"""What an example is, whatever its row looked like: a text, a pair or a conversation; and the numbers that tell examples apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from harness.config.schema import Data
+
+PARTS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
+OPTIONAL_PARTS = {"messages": ("tools",)}
+SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
+}
+WHITESPACE = b" \t\n\r\x0b\x0c"
+SEPARATOR = b"\xff"
+"""A byte that UTF-8 does not have."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns as chat templates read them.
+
+    Attributes:
+        turns: dicts with `role` and `content`; an assistant's turn may have `tool_calls` instead. Other keys are as in the row.
+        tools: the functions that the assistant could call, as `{"type": "function", "function": {...}}`; None without any.
+    """
+
+    turns: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+    def as_json(self) -> str:
+        """The same conversation always gives the same text."""
+        return json.dumps({"turns": self.turns, "tools": self.tools}, ensure_ascii=False, sort_keys=True, default=str)
+
+
+Example = str | tuple[str, str] | Conversation
+
+
+def columns_of(data: Data) -> tuple[str, ...]:
+    """The columns that the shape of the examples needs."""
+    return tuple(getattr(data.columns, name) for name in PARTS[data.shape])
+
+
+def optional_columns_of(data: Data) -> tuple[str, ...]:
+    """The columns that are read where a source has them."""
+    return tuple(getattr(data.columns, name) for name in OPTIONAL_PARTS.get(data.shape, ()))
+
+
+def example_of(row: dict[str, Any], data: Data) -> Example | None:
+    """The example in a row; None where a part is missing, empty, or not what it should be.
+
+    A conversation is a list of turns, or JSON text of one, with the keys `role` and `content` or, as ShareGPT has them, `from` and `value`.
+    The keys that Arrow filled with None are dropped, and content in parts of text is joined.
+    """
+    values = [row.get(name) for name in columns_of(data)]
+    if data.shape == "messages":
+        return _conversation(values[0], row.get(data.columns.tools))
+    texts = [value if isinstance(value, str) else ("" if value is None else str(value)) for value in values]
+    if data.shape == "text":
+        return texts[0] if texts[0].strip() else None
+    return (texts[0], texts[1]) if texts[0].strip() and texts[1].strip() else None
+
+
+def texts_of(example: Example) -> tuple[str, ...]:
+    """All the text of an example; a conversation's as JSON."""
+    if isinstance(example, Conversation):
+        return (example.as_json(),)
+    return (example,) if isinstance(example, str) else example
+
+
+def key_of(example: Example) -> int:
+    """What must not stand on both sides of a split, as 64 bits: the question, or the beginning of the text.
+
+    Case and white space do not count. Of a conversation it is the first user's turn with text (else all of it); of a text the first 1,000 bytes
+    that are not white space, within its first 4,000 characters.
+    """
+    if isinstance(example, str):
+        return _hash(_plain(example[:4000])[:1000])
+    if isinstance(example, tuple):
+        return _hash(_plain(example[0]))
+    questions = (turn["content"] for turn in example.turns if turn["role"] == "user" and turn.get("content", "").strip())
+    return _hash(_plain(next(questions, None) or example.as_json()))
+
+
+def identity_of(example: Example) -> int:
+    """64 bits that are equal for examples with the same text throughout."""
+    return _hash(SEPARATOR.join(text.encode("utf-8", "surrogatepass") for text in texts_of(example)))
+
+
+def _hash(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def _plain(text: str) -> bytes:
+    """Without case and white space: removing it is several times faster than collapsing it."""
+    return text.lower().encode("utf-8", "surrogatepass").translate(None, WHITESPACE)
+
+
+def _conversation(turns: Any, tools: Any) -> Conversation | None:
+    turns, tools = _parsed(turns), _parsed(tools)
+    tools = [tools] if isinstance(tools, dict) else tools
+    if not isinstance(turns, list) or not turns or not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return None
+    read = [_turn(turn) for turn in turns]
+    if None in read:
+        return None
+    return Conversation([turn for turn in read if turn], [_tool(_without_none(tool)) for tool in tools] if tools else None)
+
+
+def _parsed(value: Any) -> Any:
+    """The value, or what its JSON says; empty text is nothing, and text that is not JSON stays what it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        return value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(held) for key, held in value.items() if held is not None}
+    return [_without_none(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A bare function is wrapped, as chat templates expect it."""
+    return {"type": "function", "function": tool} if "name" in tool and "function" not in tool and "type" not in tool else tool
+
+
+def _turn(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, dict):
+        return None
+    turn = _without_none(given)
+    if "role" not in turn and isinstance(turn.get("from"), str):
+        turn = _from_sharegpt(turn)
+    if not turn.get("tool_calls", True):  # some chat templates count an empty list as calls
+        del turn["tool_calls"]
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _joined(turn["content"])
+    calls = turn.get("role") == "assistant" and "tool_calls" in turn
+    valid = isinstance(turn.get("role"), str) and (isinstance(turn.get("content"), str) or calls and "content" not in turn)
+    return turn if valid else None
+
+
+def _joined(parts: list[Any]) -> str | None:
+    """The text of parts, as multimodal chat templates write it; None where one is not text."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    said = turn["from"].lower()
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    rest = {"role": SHAREGPT_ROLES.get(said, said), **({"content": turn["value"]} if "value" in turn else {}), **rest}
+    if said == "function_call":
+        calls = _parsed(turn.get("value"))
+        calls = calls if isinstance(calls, list) else [calls]
+        if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+            rest.pop("content", None)
+            rest["tool_calls"] = [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}} for call in calls]
+    return rest

@@ -1,0 +1,388 @@
+"""Files cut into ranges at record borders before anything of them is tokenised, so that the shards of a set are known beforehand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from harness.data import builtin
+from harness.errors import Refused
+
+BOM = b"\xef\xbb\xbf"
+BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
+BATCH_ROWS = 1024
+LARGEST_FIELD = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """Consecutive records of one file.
+
+    Attributes:
+        kind: jsonl, csv, text, parquet, hub or builtin.
+        path: the file that is read.
+        shown: the file as the user knows it: that which was unpacked, say.
+        key: dotted key of the source, for messages.
+        encoding: of text formats, one in which a newline is the byte 10.
+        columns: what is read of each record.
+        start: first byte; first row of parquet, hub and builtin.
+        stop: the byte or row after the last.
+        size: bytes, about.
+        limit: at most so many records; None for all.
+        header: names of a CSV file's columns.
+        table: of kind hub, a memory-mapped `datasets.Dataset`.
+    """
+
+    kind: str
+    path: str
+    shown: str
+    key: str
+    encoding: str
+    columns: tuple[str, ...]
+    start: int
+    stop: int
+    size: int
+    limit: int | None = None
+    header: tuple[str, ...] = ()
+    table: Any = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A record that cannot be read.
+
+    Attributes:
+        line: of its file, from 1.
+        reason: such as "is not JSON: Expecting value".
+    """
+
+    line: int
+    reason: str
+
+
+Record = dict[str, Any] | Broken | None
+"""What stands in a row; None for an empty line."""
+
+
+def read(part: InputRange) -> Iterator[Record]:
+    """The records of a range, in order.
+
+    Raises:
+        Refused: when its bytes are not in its encoding.
+    """
+    with _told(part):
+        yield from islice(_READERS[part.kind](part), part.limit)
+
+
+def cut(whole: InputRange, size: int) -> list[InputRange]:
+    """Cut a file into ranges of about `size` bytes, at borders that depend on its bytes alone."""
+    with _told(whole):
+        return _CUTTERS[whole.kind](whole, size)
+
+
+def column_names(part: InputRange, count: int) -> list[str]:
+    """The names of the columns, or those of the first `count` records where there is no list of them."""
+    if part.kind == "csv":
+        return list(part.header)
+    if part.kind == "hub":
+        return part.table.column_names
+    if part.kind == "parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_schema(part.path).names
+    return list(dict.fromkeys(name for record in islice(read(part), count) if isinstance(record, dict) for name in record))
+
+
+@contextmanager
+def _told(part: InputRange) -> Iterator[None]:
+    """Say which file a library could not read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Refused(f"{part.shown} cannot be read as {part.kind}: {cause}", where=f"{part.key}.path", remedy="Mend the file, or set the right format.") from None
+
+
+def group(parts: list[InputRange], size: int) -> list[tuple[InputRange, ...]]:
+    """Join consecutive small ranges up to `size` bytes: what one shard is made of."""
+    groups: list[tuple[InputRange, ...]] = []
+    held = 0
+    for part in parts:
+        if groups and held + part.size <= size:
+            groups[-1] += (part,)
+        else:
+            groups.append((part,))
+            held = 0
+        held += part.size
+    return groups
+
+
+def first_records(parts: list[InputRange], count: int) -> list[InputRange]:
+    """The ranges that hold the first `count` records, the last of them limited."""
+    kept = []
+    for part in parts:
+        held = sum(record is not None for record in read(part))
+        if held >= count:
+            return [*kept, replace(part, limit=_lines_for(part, count))]
+        count -= held
+        kept.append(part)
+    return kept
+
+
+def _lines_for(part: InputRange, count: int) -> int:
+    """How many records, empty lines included, hold the first `count`."""
+    for number, record in enumerate(read(part), 1):
+        count -= record is not None
+        if count == 0:
+            return number
+    return number
+
+
+def _at_bytes(whole: InputRange, size: int, border: Callable[[Any, int], int], first: int) -> list[InputRange]:
+    """Cut at the first border at or after each multiple of `size`."""
+    with open(whole.path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        places = [first]
+        while places[-1] < whole.stop:
+            after = places[-1] + size
+            places.append(border(content, after) if after < whole.stop else whole.stop)
+    return [replace(whole, start=a, stop=b, size=b - a) for a, b in zip(places, places[1:], strict=False)]
+
+
+def _after_newline(content: Any, place: int) -> int:
+    found = content.find(b"\n", place - 1)
+    return len(content) if found < 0 else found + 1
+
+
+def _after_blank_line(content: Any, place: int) -> int:
+    found = BLANK_LINES.search(content, place)
+    return found.end() if found else len(content)
+
+
+def _start(path: str) -> int:
+    with open(path, "rb") as stream:
+        return len(BOM) if stream.read(len(BOM)) == BOM else 0
+
+
+def _cut_jsonl(whole: InputRange, size: int) -> list[InputRange]:
+    return _at_bytes(whole, size, _after_newline, _start(whole.path))
+
+
+def _cut_text(whole: InputRange, size: int) -> list[InputRange]:
+    return _at_bytes(whole, size, _after_blank_line, _start(whole.path))
+
+
+def _cut_csv(whole: InputRange, size: int) -> list[InputRange]:
+    """A newline may stand between quotes, so a file of several ranges is parsed once to find the borders."""
+    lines = _CountedLines(whole, _start(whole.path))
+    csv.field_size_limit(LARGEST_FIELD)
+    reader = csv.reader(lines, strict=True)
+    try:
+        header = tuple(next(reader, ()))
+        places = [lines.place]
+        if whole.stop - lines.place > size:
+            for _ in reader:
+                if lines.place - places[-1] >= size:
+                    places.append(lines.place)
+    except csv.Error as error:
+        raise _broken_csv(whole, lines.number, str(error)) from None
+    if places[-1] < whole.stop or len(places) == 1:
+        places.append(whole.stop)
+    return [replace(whole, start=a, stop=b, size=b - a, header=header) for a, b in zip(places, places[1:], strict=False)]
+
+
+def _broken_csv(part: InputRange, line: int, reason: str) -> Refused:
+    return Refused(f"{part.shown} line {line} cannot be read as csv: {reason}.", where=f"{part.shown}:{line} ({part.key}.path)", remedy="Mend the file, or set the right format.")
+
+
+class _CountedLines:
+    """Decoded lines of a file, and the place after the last of them."""
+
+    def __init__(self, part: InputRange, place: int):
+        self.part, self.place, self.number = part, place, 0
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.part.path, "rb") as stream:
+            stream.seek(self.place)
+            for line in stream:
+                text = _decode(line, self.part, self.place)
+                self.place += len(line)
+                self.number += 1
+                yield text
+
+
+def _cut_parquet(whole: InputRange, size: int) -> list[InputRange]:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(whole.path)
+    parts, first = [], 0
+    for number in range(metadata.num_row_groups):
+        row_group = metadata.row_group(number)
+        rows, held = row_group.num_rows, row_group.total_byte_size
+        pieces = max(1, min(rows, -(-held // size)))
+        edges = [first + rows * piece // pieces for piece in range(pieces + 1)]
+        parts += [replace(whole, start=a, stop=b, size=held // pieces) for a, b in zip(edges, edges[1:], strict=False)]
+        first += rows
+    return parts
+
+
+def _cut_rows(whole: InputRange, size: int) -> list[InputRange]:
+    rows = whole.stop - whole.start
+    pieces = max(1, min(rows, -(-whole.size // size)))
+    edges = [rows * piece // pieces for piece in range(pieces + 1)]
+    return [replace(whole, start=a, stop=b, size=whole.size // pieces) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _bytes(part: InputRange) -> bytes:
+    with open(part.path, "rb") as stream:
+        stream.seek(part.start)
+        return stream.read(part.stop - part.start)
+
+
+def _decode(content: bytes, part: InputRange, place: int) -> str:
+    try:
+        return content.decode(part.encoding)
+    except UnicodeDecodeError as error:
+        likely = _likely_encoding(part.path)
+        raise Refused(
+            f"{part.shown} is not {part.encoding}: byte {place + error.start} cannot be decoded.", where=f"{part.shown} ({part.key}.path)",
+            remedy=f"Save the file as {part.encoding}, or set `{part.key}.encoding` to its encoding" + (f"; it looks like {likely}." if likely else "."),
+        ) from None
+
+
+def _likely_encoding(path: str) -> str | None:
+    """What the first MiB looks like; GB18030 for all that it contains (GB2312, GBK)."""
+    from charset_normalizer import from_bytes
+
+    with open(path, "rb") as stream:
+        found = from_bytes(stream.read(1 << 20)).best()
+    if found is None:
+        return None
+    return "gb18030" if found.encoding in ("gb2312", "gbk", "hz") else found.encoding
+
+
+def _lines_before(part: InputRange) -> int:
+    """Lines of the file in front of the range; counted only to name a broken one."""
+    count, place = 0, 0
+    with open(part.path, "rb") as stream:
+        while place < part.start and (block := stream.read(min(1 << 22, part.start - place))):
+            count += block.count(b"\n")
+            place += len(block)
+    return count
+
+
+def _read_jsonl(part: InputRange) -> Iterator[Record]:
+    content = _bytes(part)
+    if part.encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "ascii"):
+        content = _decode(content, part, part.start).encode("utf-8", "surrogatepass")
+    for number, line in enumerate(_lines(content)):
+        if not line or line.isspace():
+            yield None
+            continue
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            value = _loads_slowly(line, part, content, number)
+        yield value if isinstance(value, dict | Broken) else Broken(_lines_before(part) + number + 1, "is not a JSON object")
+
+
+def _lines(content: bytes) -> list[bytes]:
+    lines = content.split(b"\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _loads_slowly(line: bytes, part: InputRange, content: bytes, number: int) -> Any:
+    """What orjson refuses and the standard library reads (NaN, half a surrogate pair), or what is wrong with the line."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        _decode(content, part, part.start)
+        raise
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return Broken(_lines_before(part) + number + 1, f"is not JSON: {error.msg}")
+
+
+def _read_csv(part: InputRange) -> Iterator[Record]:
+    lines = io.StringIO(_decode(_bytes(part), part, part.start), newline="")
+    csv.field_size_limit(LARGEST_FIELD)
+    reader = csv.reader(lines, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {error}")
+            continue
+        if len(row) > len(part.header):
+            yield Broken(_lines_before(part) + line, f"has {len(row)} fields where the header has {len(part.header)}")
+        else:
+            yield dict(zip(part.header, row, strict=False)) if row else None
+
+
+def _read_text(part: InputRange) -> Iterator[Record]:
+    """Documents of some 4,000 characters, cut at empty lines."""
+    text = io.StringIO(_decode(_bytes(part), part, part.start), newline=None).read()
+    for document in builtin.cut_at_paragraphs(text, builtin.LONGEST_DOCUMENT):
+        yield {part.columns[0]: document}
+
+
+def _read_parquet(part: InputRange) -> Iterator[Record]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(part.path) as parquet:
+        first, chosen, begin = 0, [], 0
+        for number in range(parquet.metadata.num_row_groups):
+            rows = parquet.metadata.row_group(number).num_rows
+            if first < part.stop and first + rows > part.start:
+                begin = first if not chosen else begin
+                chosen.append(number)
+            first += rows
+        place = begin
+        columns = [name for name in part.columns if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=chosen, columns=columns):
+            low, high = max(part.start - place, 0), min(part.stop - place, batch.num_rows)
+            if low < high:
+                yield from batch.slice(low, high - low).to_pylist()
+            place += batch.num_rows
+
+
+def _read_hub(part: InputRange) -> Iterator[Record]:
+    columns = [name for name in part.columns if name in part.table.column_names]
+    for first in range(part.start, part.stop, BATCH_ROWS):
+        yield from part.table.data.table.slice(first, min(BATCH_ROWS, part.stop - first)).select(columns).to_pylist()
+
+
+def _read_builtin(part: InputRange) -> Iterator[Record]:
+    rows = builtin.python_prose() if part.path == "python-prose" else builtin.python_questions()
+    for row in rows[part.start : part.stop]:
+        yield dict(zip(part.columns, (row,) if isinstance(row, str) else row, strict=True))
+
+
+_READERS: dict[str, Callable[[InputRange], Iterator[Record]]] = {
+    "jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet, "hub": _read_hub, "builtin": _read_builtin,
+}
+_CUTTERS: dict[str, Callable[[InputRange, int], list[InputRange]]] = {
+    "jsonl": _cut_jsonl, "csv": _cut_csv, "text": _cut_text, "parquet": _cut_parquet, "hub": _cut_rows, "builtin": _cut_rows,
+}
+
+
+def whole_file(path: Path, shown: Path, kind: str, *, key: str, encoding: str, columns: tuple[str, ...]) -> InputRange:
+    """All of a file."""
+    size = path.stat().st_size
+    return InputRange(kind, str(path), str(shown), key, encoding, columns, 0, size, size)
