@@ -26,12 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
     attempts = sorted((run_dir / "attempts").glob("[0-9]*/run.yaml"))
     if not attempts:
         raise Refused(f"{run_dir} holds no run.", where="--run", remedy="Give the folder of a run that has started.")
-    starts = [event["rows"] for event in ledger.read(run_dir) if event["kind"] == "start" and "rows" in event]
+    starts = [event for event in ledger.read(run_dir) if event["kind"] == "start" and "rows" in event]
     if not starts:
         raise Refused(f"{run_dir} has not begun to train.", where="--run", remedy="Give the folder of a run that has started.")
     loaded = load(attempts[-1])
     rows_at = {line["step"]: line["rows"] for line in read_metrics(run_dir) if "train/loss" in line}
-    provenance = Provenance(Path(arguments.set), loaded.run, rows_at, fingerprint=starts[-1])
+    provenance = Provenance(arguments.set, loaded.run, rows_at, fingerprint=starts[-1]["rows"], first_row=starts[-1].get("first_row", 0))
     if arguments.action == "where":
         _where(provenance, arguments)
     else:
@@ -40,9 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(provenance: Provenance, arguments: argparse.Namespace, *, trust_code: bool) -> None:
+    from harness.data.sets import tokenizer_of
     from harness.model.configure import load_tokenizer
 
-    tokenizer = load_tokenizer(str(provenance.folder.parent / "tokenizer"), where="SET", trust_code=trust_code)
+    folder = tokenizer_of(arguments.set, provenance.table, provenance.run.data)
+    tokenizer = load_tokenizer(str(folder), where="SET", trust_code=trust_code)
     table = Table("row", "epoch", Column("from", overflow="fold"), Column("document", no_wrap=True), "tokens", "begins", title=f"step {arguments.step}", title_justify="left")
     for row in provenance.rows_of_step(arguments.step, tokenizer):
         for number, piece in enumerate(row.pieces):
@@ -54,5 +56,6 @@ def _show(provenance: Provenance, arguments: argparse.Namespace, *, trust_code: 
 def _where(provenance: Provenance, arguments: argparse.Namespace) -> None:
     console = Console(highlight=False)
     for epoch, position, step in provenance.steps_of_row(arguments.row):
-        told = f"trained in step {step}" if step is not None else "not reached yet"
-        console.print(f"row {arguments.row}, epoch {epoch}: position {position:,}, {told}")
+        place = f"position {position:,}, " if position is not None else ""
+        told = f"trained in step {step}" if step is not None else "not reached yet" if position is not None else "never reached: the set is used up before"
+        console.print(f"row {arguments.row}, epoch {epoch}: {place}{told}")

@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
     table.add_row("batch", batch.text())
     table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
-    for name in ("train", "validation"):
-        table.add_row(f"rows of {name}", f"{facts[name].num_rows:,}, {facts[name].filled_share:.1%} filled")
+    for name, rows in {"train": facts["data"].train, **{f"validation {name}".strip(): rows for name, rows in facts["data"].validation.items()}}.items():
+        table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
     table.add_row("states on each device", format_bytes(memory.device))
     table.add_row("states on each host", format_bytes(memory.host))
     table.add_row("states on each NVMe", format_bytes(memory.nvme))

@@ -24,7 +24,10 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool) -> None:
         Refused: with the first rule that is broken.
     """
     _one_of(loaded, "model", ("path", "architecture"))
-    _one_of(loaded, "data.train", ("path", "hub", "builtin"))
+    _one_of(loaded, "data", ("train", "sets"))
+    _sets(loaded)
+    if loaded.run.data.train is not None:
+        _one_of(loaded, "data.train", ("path", "hub", "builtin"))
     if loaded.run.data.validation is not None:
         _one_of(loaded, "data.validation", ("path", "hub", "builtin"))
     _one_of(loaded, "train", ("steps", "epochs"))
@@ -51,11 +54,25 @@ def _one_of(loaded: Loaded, section: str, names: tuple[str, ...]) -> None:
         raise Refused(problem, where=places, remedy="Keep one (an override `KEY=null` removes a key)." if given else f"Set {keys.replace(' and ', ' or ')}.")
 
 
+def _sets(loaded: Loaded) -> None:
+    data = loaded.run.data
+    if data.sets is None:
+        if data.dir is None:
+            raise Refused("There is no folder for the prepared sets.", where=loaded.origin("data"), remedy="Set `data.dir`.")
+        return
+    if not data.sets:
+        raise Refused("`data.sets` names no set.", where=f"data.sets ({loaded.origin('data.sets')})", remedy="Name at least one prepared set.")
+    for key in ("validation", "tokenizer", "train_tokenizer"):
+        if getattr(data, key) is not None:
+            raise Refused(f"`data.sets` and `data.{key}` are both set: prepared sets bring their own.", where=f"data.{key} ({loaded.origin(f'data.{key}')})",
+                          remedy=f"Remove `data.{key}` (an override `data.{key}=null` does).")
+
+
 def _tokenizer(loaded: Loaded) -> None:
     data, model = loaded.run.data, loaded.run.model
     if data.tokenizer and data.train_tokenizer:
         raise Refused("`data.tokenizer` and `data.train_tokenizer` are both set.", where=loaded.origin("data.train_tokenizer"), remedy="Keep one.")
-    if not data.tokenizer and not data.train_tokenizer and not model.path:
+    if data.sets is None and not data.tokenizer and not data.train_tokenizer and not model.path:
         raise Refused(
             "There is no tokenizer: the model is built from scratch and none is named.", where=loaded.origin("data"),
             remedy="Set `data.tokenizer` to a folder or name, or `data.train_tokenizer` to train one.",

@@ -70,11 +70,24 @@ class Bpe(Section):
     vocab_size: Annotated[int, Field(ge=257)] = fixed(8192)
 
 
-class Data(Section):
-    """What to train on: raw sources, their shape, and the folder of shards made from them."""
+class SetSpec(Section):
+    """A prepared set in a mixture."""
 
-    dir: str = free(description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
-    train: Source = fixed(description="Source of the training examples.")
+    dir: str = free(description="Folder or URL that `harness prepare` filled: `train/`, `validation/` and `tokenizer/` below it.")
+    weight: Annotated[float, Field(gt=0)] = fixed(1.0, description="Share of the rows, in proportion to the other weights.")
+    max_epochs: Annotated[float, Field(gt=0)] | None = fixed(None, description="Passes after which the set is used up; the others go on.")
+
+
+class Data(Section):
+    """What to train on: raw sources, their shape, and the folder of shards made from them; or prepared sets."""
+
+    dir: str | None = free(None, description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
+    train: Source | None = fixed(None, description="Source of the training examples.")
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], SetSpec] | None = fixed(
+        None, description="Prepared sets by name, mixed by weight, instead of `train`; each is evaluated apart."
+    )
+    cache_dir: str | None = free(None, description="Folder on a local disk for files of remote sets; by default ~/.cache/harness.")
+    cache_gib: Annotated[float, Field(gt=0)] = free(50.0, description="The most that files of remote sets may take there, in GiB.")
     validation: Source | None = fixed(None, description="Source of the validation examples; by default a share of `train`.")
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = fixed(
         0.02, description="Share of the training source that is held out when `validation` is not given."
@@ -94,6 +107,7 @@ class Data(Section):
     )
     broken_rows: Literal["refuse", "drop"] = fixed("refuse", description="A row that cannot be read is refused, or dropped and counted.")
     max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
+    accept_appended: bool = free(False, description="Go on when shards were added since the run began: a new epoch over all rows begins.")
     num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core.")
 
 

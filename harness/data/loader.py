@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from harness.data.order import SHIFT, Order
+from harness.data.mixture import MixedTable, Mixture
+from harness.data.order import ROW_MASK, SHIFT, Order
 from harness.data.rows import RowTable
 
 EMPTY = -1
@@ -40,6 +41,13 @@ class Batch:
         """From what a model takes; a label is its own token or UNTRAINED."""
         marks = (position_ids == 0) * np.uint8(OPENS) | (labels != UNTRAINED) * np.uint8(TRAINED)
         return cls(input_ids.astype(np.int32), marks, first_row)
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory."""
+        import torch
+
+        tokens, marks = (torch.from_numpy(array).pin_memory().numpy() for array in (self.tokens.view(np.int16 if self.tokens.itemsize == 2 else np.int32), self.marks))
+        return Batch(tokens.view(self.tokens.dtype), marks, self.first_row)
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -83,14 +91,14 @@ class GlobalBatch:
 class TokenReader:
     """Micro-batches of any rows, straight from the memory-mapped shards."""
 
-    def __init__(self, table: RowTable):
+    def __init__(self, table: RowTable | MixedTable):
         self.table = table
-        self.dtype = np.int32 if table.index.vocab_size > 1 << 16 else np.uint16
+        self.dtype = np.int32 if table.vocab_size > 1 << 16 else np.uint16
 
     def batch(self, ids: np.ndarray, *, first_row: int) -> Batch:
         """The micro-batch of the rows `ids`; -1 is an empty row."""
         shape = (len(ids), self.table.sequence_length)
-        tokens = np.full(shape, self.table.index.pad_token_id, self.dtype)
+        tokens = np.full(shape, self.table.pad_token_id, self.dtype)
         marks = np.zeros(shape, np.uint8)
         for row_tokens, row_marks, row_id in zip(tokens, marks, ids.tolist(), strict=True):
             end = self._fill(row_tokens, row_marks, row_id) if row_id != EMPTY else 0
@@ -100,9 +108,10 @@ class TokenReader:
 
     def _fill(self, tokens: np.ndarray, marks: np.ndarray, row_id: int) -> int:
         """Write one row; returns where its padding begins."""
-        flat, offsets, spans, span_offsets = self.table.shard(row_id >> SHIFT).tokens
-        at = 0
-        for document, start, stop in self.table.pieces_of(row_id).tolist():
+        shard, row = self.table.shard(row_id >> SHIFT), row_id & ROW_MASK
+        flat, offsets, spans, span_offsets = shard.tokens
+        starts, at = shard.plan.starts, 0
+        for document, start, stop in shard.plan.pieces[starts[row] : starts[row + 1]].tolist():
             origin = int(offsets[document])
             end = at + stop - start
             tokens[at:end] = flat[origin + start : origin + stop]
@@ -129,19 +138,23 @@ class TrainLoader:
         global_rows: rows of a step, over all ranks.
         start: rows consumed before.
         total_rows: rows of the whole run, after which it ends; None is endless.
+        first_row: rows that were consumed before this order began.
+        pinned: give arrays in page-locked memory, from which a GPU copies without waiting.
 
     Attributes:
         wait_seconds: how long the last batch was waited for.
     """
 
-    table: RowTable
-    order: Order
+    table: RowTable | MixedTable
+    order: Order | Mixture
     dp_rank: int
     dp_size: int
     micro_batch: int
     global_rows: int
     start: int = 0
     total_rows: int | None = None
+    first_row: int = 0
+    pinned: bool = False
     wait_seconds: float = 0.0
     _queue: queue.Queue[Any] = field(default_factory=lambda: queue.Queue(AHEAD), repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -171,7 +184,10 @@ class TrainLoader:
         try:
             reader, position = TokenReader(self.table), self.start
             while self.total_rows is None or position < self.total_rows:
+                self.table.look_ahead(self.order, position - self.first_row)
                 batch = self.global_batch(reader, position)
+                if self.pinned:
+                    batch = replace(batch, micro_batches=[micro.pinned() for micro in batch.micro_batches])
                 if not self._put(batch):
                     return
                 position += batch.rows
@@ -192,7 +208,7 @@ class TrainLoader:
         """The global batch that starts at `position`, for this rank."""
         real = self.global_rows if self.total_rows is None else min(self.global_rows, self.total_rows - position)
         rows = np.full(self.global_rows, EMPTY, np.int64)
-        rows[:real] = self.order.rows(position, real)
+        rows[:real] = self.order.rows(position - self.first_row, real)
         trained = int(self.table.trained_tokens(rows[:real]).sum())
         slots = self.global_rows // (self.micro_batch * self.dp_size)
         firsts = [(slot * self.dp_size + self.dp_rank) * self.micro_batch for slot in range(slots)]

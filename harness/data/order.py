@@ -14,6 +14,7 @@ import numpy as np
 
 ROUNDS = 6
 SHIFT = 32
+ROW_MASK = (1 << SHIFT) - 1
 VERSION = 2
 """Of the order of several shards; a run that began under another one is refused, for its cursor would mean other rows."""
 
@@ -25,7 +26,7 @@ def row_ids(shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def shard_and_row(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shards, and the rows in them, of `row_ids`."""
-    return ids >> SHIFT, ids & ((1 << SHIFT) - 1)
+    return ids >> SHIFT, ids & ROW_MASK
 
 
 class _Epoch:

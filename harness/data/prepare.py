@@ -24,11 +24,12 @@ from harness.data.encode import KNOWN, ShardJob, SideJob, held_out, make_shard
 from harness.data.examples import example_of, key_of
 from harness.data.progress import Progress
 from harness.data.ranges import InputRange
-from harness.data.rows import Packing, RowTable, plan_folder, summarise
+from harness.data.rows import Packing, PlanSource, RowTable, plan_folder
+from harness.data.store import LocalStore
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template, start_ids
 from harness.errors import Failure, Refused
-from harness.formats.index import VERSION, ShardEntry, ShardSetIndex, read_index, write_index
+from harness.formats.index import VERSION, ShardEntry, ShardFile, ShardSetIndex, read_index, write_index
 from harness.log import say
 
 SHARD_TEXT_BYTES = 16 << 20
@@ -226,7 +227,8 @@ class Maker:
         index = ShardSetIndex(
             fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            template=self.template.to_dict(), shards=entries, audit=audit,
+            template=self.template.to_dict(), tokenizer=[ShardFile.of(path) for path in sorted((self.folder / "tokenizer").iterdir())],
+            shards=entries, audit=audit,
         )
         _write_dataset_files(folder, entries, index.fingerprint)
         wanted = {file.name for entry in entries for file in entry.files}
@@ -237,7 +239,7 @@ class Maker:
         for stale in folder.glob("rows-*"):
             if stale != plan_folder(folder, packing, index.fingerprint):
                 shutil.rmtree(stale)
-        summarise(folder, index, packing)
+        PlanSource(LocalStore(folder), index, packing, folder).make()
         write_index(folder, index)
         shutil.rmtree(folder / "parts")
 

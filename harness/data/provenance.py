@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from harness.config.schema import RunFile
-from harness.data.order import Order, shard_and_row
-from harness.data.rows import Packing, RowTable
-from harness.errors import Refused
+from harness.data.mixture import MixedTable, Mixture
+from harness.data.order import shard_and_row
+from harness.data.rows import wanted
+from harness.data.sets import open_data, open_table
+from harness.errors import HarnessError, Refused
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class TrainedRow:
 
     Attributes:
         position: in the order of training, from 0.
-        epoch: from 0.
+        epoch: of the set, from 0.
         row: its number in the set.
         trained_tokens: of the row.
         pieces: what it is made of.
@@ -60,30 +62,35 @@ class Provenance:
     """The order in which a run trains on a set.
 
     Args:
-        folder: of the prepared training set.
+        place: folder or URL of the prepared training set, `train` below what the run file names.
         run: the run file as resolved.
         rows_at: rows consumed by the end of each recorded step.
         fingerprint: of the rows that the run trained on.
+        first_row: rows that were consumed before their order began.
 
     Raises:
-        Refused: when the folder holds no set, or other rows than those.
+        Refused: when there is no set, or another than those that the run trained on.
     """
 
-    def __init__(self, folder: Path, run: RunFile, rows_at: dict[int, int], *, fingerprint: str):
-        data = run.data
-        if not (folder / "index.json").is_file():
-            raise Refused(f"{folder} is not a prepared set.", where=str(folder), remedy="Give the folder `train` below the run's data.dir.")
-        self.folder, self.run, self.rows_at = folder, run, dict(sorted(rows_at.items()))
-        self.table = RowTable.build(folder, Packing.of(data))
-        if self.table.fingerprint != fingerprint:
+    def __init__(self, place: str, run: RunFile, rows_at: dict[int, int], *, fingerprint: str, first_row: int = 0):
+        self.run, self.rows_at, self.first_row = run, dict(sorted(rows_at.items())), first_row
+        try:
+            self.table = open_table(place, run.data)
+        except HarnessError:
+            raise Refused(f"{place} is not a prepared set.", where=place, remedy="Give `train` below the folder or URL that the run file names.") from None
+        trained = open_data(run).train if run.data.sets else self.table
+        tables = trained.tables if isinstance(trained, MixedTable) else [trained]
+        self.which = next((number for number, table in enumerate(tables) if table.fingerprint == self.table.fingerprint), None)
+        if trained.fingerprint != fingerprint or self.which is None:
             raise Refused(
-                f"The run did not train on the rows in {folder}, or they were prepared anew since.", where=str(folder),
-                remedy="Give the folder `train` below the data.dir with which the run was started.",
+                f"The run did not train on the rows in {place}, or they were prepared anew since.", where=place,
+                remedy="Give `train` below a folder or URL with which the run was started.",
             )
-        self.order: Order = self.table.order(seed=run.train.seed, window_shards=data.window_shards)
+        order = trained.order(seed=run.train.seed, window_shards=run.data.window_shards)
+        self.order = order if isinstance(order, Mixture) else Mixture.of_one(order, self.table.num_rows)
 
     def rows_of_step(self, step: int, tokenizer: Any, *, longest: int = 60) -> list[TrainedRow]:
-        """The rows of a recorded step, in the order of the global batch.
+        """The rows of the set in a recorded step, in the order of the global batch.
 
         Args:
             step: from 1.
@@ -91,24 +98,31 @@ class Provenance:
             longest: characters of text shown of each piece.
 
         Raises:
-            Refused: when the run has not recorded the step.
+            Refused: when the run has not recorded the step, or trained it before data were appended.
         """
         if step not in self.rows_at:
             known = f"steps {min(self.rows_at)} to {max(self.rows_at)}" if self.rows_at else "no step"
             raise Refused(f"The run has not recorded step {step}.", where="--step", remedy=f"It has recorded {known}.")
         first = max((rows for number, rows in self.rows_at.items() if number < step), default=0)
-        ids = self.order.rows(first, self.rows_at[step] - first)
+        if first < self.first_row:
+            raise Refused(f"Step {step} was trained before data were appended.", where="--step", remedy="Ask for a later one.")
+        sets, numbers = self.order.draws(first - self.first_row, self.rows_at[step] - first)
+        own = np.flatnonzero(sets == self.which)
+        if not len(own):
+            return []
+        ids = self.order.orders[self.which].rows(int(numbers[own[0]]), len(own))
         trained = self.table.trained_tokens(ids).tolist()
         return [
-            TrainedRow(first + place, (first + place) // self.order.num_rows, self.table.number(row_id), trained[place], self._pieces(row_id, tokenizer, longest))
-            for place, row_id in enumerate(ids.tolist())
+            TrainedRow(first + place, number // self.table.num_rows, self.table.number(row_id), tokens, self._pieces(row_id, tokenizer, longest))
+            for place, number, row_id, tokens in zip(own.tolist(), numbers[own].tolist(), ids.tolist(), trained, strict=True)
         ]
 
-    def steps_of_row(self, row: int) -> list[tuple[int, int, int | None]]:
+    def steps_of_row(self, row: int) -> list[tuple[int, int | None, int | None]]:
         """When a row is trained.
 
         Returns:
-            (epoch, position, step) for each epoch that the run has begun; the step is None where it was not reached yet.
+            (epoch of the set, position, step) for each epoch that the run has begun; the position is None where a mixture never comes to it,
+            the step where it was not reached yet.
 
         Raises:
             Refused: when the set has no such row.
@@ -117,19 +131,25 @@ class Provenance:
             raise Refused(f"The set has no row {row}.", where="ROW", remedy=f"Its rows are 0 to {self.table.num_rows - 1}.")
         shard, place = (int(value) for value in shard_and_row(self.table.ids(np.asarray([row]))[0]))
         consumed, found = max(self.rows_at.values(), default=0), []
-        for epoch in range(max(0, consumed - 1) // self.order.num_rows + 1):
-            position = self.order.position(shard, place, epoch=epoch)
-            found.append((epoch, position, next((step for step, rows in self.rows_at.items() if rows > position), None)))
-        return found
+        for epoch in count():
+            number = self.order.orders[self.which].position(shard, place, epoch=epoch)
+            position = self.order.position(self.which, number)
+            begun = self.order.position(self.which, epoch * self.table.num_rows)
+            if epoch and (begun is None or begun + self.first_row >= consumed):
+                return found
+            at = None if position is None else position + self.first_row
+            found.append((epoch, at, None if at is None else next((step for step, rows in self.rows_at.items() if rows > at), None)))
 
     def _pieces(self, row_id: int, tokenizer: Any, longest: int) -> list[Piece]:
         shard = int(shard_and_row(np.asarray(row_id))[0])
         entry, (flat, offsets, *_) = self.table.index.shards[shard], self.table.shard(shard).tokens
-        records = np.load(self.folder / f"{entry.name}.records.npy", mmap_mode="r")
+        records = np.load(self.table.store.hold(wanted(entry.file("records.npy"))))
         pieces = []
-        for document, start, stop in self.table.pieces_of(row_id).tolist():
-            file, row = entry.origin(int(records[document]))
+        plan, row = self.table.shard(shard).plan, int(shard_and_row(np.asarray(row_id))[1])
+        for document, start, stop in plan.pieces[plan.starts[row] : plan.starts[row + 1]].tolist():
+            file, source_row = entry.origin(int(records[document]))
             ids = flat[offsets[document] + start : offsets[document] + stop]
             text = " ".join(tokenizer.decode(ids[: 2 * longest].tolist()).split())
-            pieces.append(Piece(file, row + 1, entry.name, document, start, stop, text[:longest]))
+            pieces.append(Piece(file, source_row + 1, entry.name, document, start, stop, text[:longest]))
+        self.table.store.release(entry.file("records.npy").name)
         return pieces

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from bisect import bisect_left, insort
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from harness import files
 from harness.config.schema import Data, RunFile
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order, row_ids, shard_and_row
+from harness.data.store import LocalStore, Store, Wanted
 from harness.errors import Failure
-from harness.formats.index import ShardEntry, ShardSetIndex, read_index
+from harness.formats.index import NAME as INDEX
+from harness.formats.index import ShardEntry, ShardFile, ShardSetIndex, parse_index
 
 PACKING_VERSION = 1
 OPEN_SHARDS = 64
@@ -120,20 +125,76 @@ def write_plan(folder: Path, name: str, lengths: np.ndarray, spans: np.ndarray, 
 
 @dataclass
 class OpenShard:
-    """A shard in use: its plan and, when asked for, its tokens, memory-mapped."""
+    """A shard in use: its plan and, when asked for, its tokens, memory-mapped; the store keeps its files until it is closed."""
 
-    path: Path
+    store: Store
+    entry: ShardEntry
     plan: Plan
+    holds: list[str]
 
     @cached_property
     def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Token ids of all documents; where each begins; trained spans int64 [spans, 2]; where those of each document begin."""
         import pyarrow as pa
 
-        table = pa.ipc.open_stream(pa.memory_map(str(self.path))).read_all()
+        file = self.entry.file("arrow")
+        path = self.store.hold(wanted(file))
+        self.holds.append(file.name)
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         ids, starts, stops = (table[name].chunk(0) for name in ("input_ids", "trained_starts", "trained_stops"))
         spans = np.column_stack([starts.values.to_numpy(), stops.values.to_numpy()])
         return ids.values.to_numpy(zero_copy_only=True), ids.offsets.to_numpy(), spans, starts.offsets.to_numpy()
+
+    def close(self) -> None:
+        """Let go of the memory maps, then of the files."""
+        self.__dict__.pop("tokens", None)
+        del self.plan
+        for name in self.holds:
+            self.store.release(name)
+
+
+def wanted(file: ShardFile, folder: str = "") -> Wanted:
+    """A file of the index as a store is asked for it."""
+    return Wanted(f"{folder}{file.name}", file.bytes, file.digest)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the plans of a set add up to.
+
+    Attributes:
+        rows: of each shard.
+        filled: positions of each shard that hold a token.
+        trained: tokens of each shard.
+        truncated: documents that lost their end.
+        dropped: documents that were left out for their length.
+        files: the plans, as they must arrive.
+    """
+
+    rows: list[int]
+    filled: list[int]
+    trained: list[int]
+    truncated: int
+    dropped: int
+    files: list[ShardFile]
+
+    @classmethod
+    def of(cls, plans: list[Plan], files: list[ShardFile]) -> Summary:
+        """Add up."""
+        return cls(
+            [plan.num_rows for plan in plans], [int((plan.pieces[:, 2] - plan.pieces[:, 1]).sum(dtype=np.int64)) for plan in plans],
+            [int(plan.trained.sum(dtype=np.int64)) for plan in plans], sum(plan.truncated for plan in plans), sum(plan.dropped for plan in plans), files,
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Summary:
+        """As `as_json` wrote it."""
+        values = json.loads(text)
+        return cls(**{**values, "files": [ShardFile.model_validate(file) for file in values["files"]]})
+
+    def as_json(self) -> dict[str, Any]:
+        """Readable without this class."""
+        return {**self.__dict__, "files": [file.model_dump() for file in self.files]}
 
 
 @dataclass(frozen=True)
@@ -141,24 +202,37 @@ class RowTable:
     """All rows of a set under one packing. A row is known by its `row_ids`: shard and place in it.
 
     Attributes:
-        folder: of the set.
+        store: of the set.
         index: of the set.
         packing: how documents became rows.
-        summary: of all plans: rows, filled and trained tokens of each shard; truncated and dropped documents.
-        plans: folder of the plans.
+        summary: of all plans.
+        plans: where the plans are.
+        open_shards: how many shards stay open.
     """
 
-    folder: Path
+    store: Store
     index: ShardSetIndex
     packing: Packing
-    summary: dict[str, Any]
-    plans: Path
+    summary: Summary
+    plans: PlanSource
+    open_shards: int = OPEN_SHARDS
     _open: OrderedDict[int, OpenShard] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _coming: list[int] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def sequence_length(self) -> int:
         """Tokens of a row."""
         return self.packing.sequence_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id that the tokenizer can give, plus one."""
+        return self.index.vocab_size
+
+    @property
+    def pad_token_id(self) -> int:
+        """What stands where nothing is."""
+        return self.index.pad_token_id
 
     @property
     def fingerprint(self) -> str:
@@ -168,21 +242,26 @@ class RowTable:
     @property
     def num_rows(self) -> int:
         """Rows of one epoch."""
-        return sum(self.summary["rows"])
+        return sum(self.summary.rows)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the set."""
+        return len(self.index.shards)
 
     @property
     def filled_share(self) -> float:
         """Share of positions that hold a token of a document."""
-        return sum(self.summary["filled"]) / max(1, self.num_rows * self.sequence_length)
+        return sum(self.summary.filled) / max(1, self.num_rows * self.sequence_length)
 
     @cached_property
     def ends(self) -> np.ndarray:
         """int64 [shards]: rows up to the end of each shard, for people's numbers of rows."""
-        return np.cumsum(np.asarray(self.summary["rows"], np.int64))
+        return np.cumsum(np.asarray(self.summary.rows, np.int64))
 
     def order(self, *, seed: int, window_shards: int) -> Order:
         """The order in which a run trains on these rows."""
-        return Order(len(self.index.shards), self.summary["rows"].__getitem__, seed, window_shards)
+        return Order(self.num_shards, self.summary.rows.__getitem__, seed, window_shards)
 
     def ids(self, numbers: np.ndarray) -> np.ndarray:
         """`row_ids` of rows numbered shard after shard."""
@@ -193,7 +272,7 @@ class RowTable:
     def number(self, row_id: int) -> int:
         """The number of a row, shard after shard."""
         shard, row = (int(value) for value in shard_and_row(np.asarray(row_id)))
-        return int(self.ends[shard]) - self.summary["rows"][shard] + row
+        return int(self.ends[shard]) - self.summary.rows[shard] + row
 
     def trained_tokens(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n]: how many labels of each row are trained."""
@@ -204,26 +283,38 @@ class RowTable:
             found[chosen] = self.shard(shard).plan.trained[rows[chosen]]
         return found
 
-    def pieces_of(self, row_id: int) -> np.ndarray:
-        """int32 [pieces, 3] of one row: document in its shard, start, stop."""
-        shard, row = row_id >> 32, row_id & 0xFFFFFFFF
-        plan = self.shard(shard).plan
-        return plan.pieces[plan.starts[row] : plan.starts[row + 1]]
-
     def shard(self, number: int) -> OpenShard:
         """A shard, opened; the longest unused one is closed when there are too many."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+        while len(self._open) >= self.open_shards:
+            self._open.popitem(last=False)[1].close()
         entry = self.index.shards[number]
-        self._open[number] = OpenShard(self.folder / f"{entry.name}.arrow", self._plan(entry))
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
+        plan, holds = self.plans.plan(number)
+        self._open[number] = OpenShard(self.store, entry, plan, holds)
         return self._open[number]
 
-    def _plan(self, entry: ShardEntry) -> Plan:
-        path = self.plans / f"{entry.name}.npy"
-        return Plan.open(path) if path.is_file() else _make_plan(self.folder, entry, self.packing)
+    def look_ahead(self, order: Order, position: int) -> None:
+        """Have the shards fetched that are needed from a position on, a window and the next one, as far as there is room."""
+        if self.store.is_remote:
+            self.prefetch(order.shards_from(position), count=2 * order.window_shards)
+
+    def prefetch(self, shards: Iterator[int], *, count: int) -> None:
+        """Name the shards that are needed next; nothing is done when they are the same as before."""
+        coming = list(islice(shards, count))
+        if coming != self._coming:
+            self._coming[:] = coming
+            self.store.prefetch([
+                file for number in dict.fromkeys(coming) if number not in self._open
+                for file in (*self.plans.files(number), wanted(self.index.shards[number].file("arrow")))
+            ])
+
+    def close(self) -> None:
+        """Let go of all shards and end the store's thread."""
+        while self._open:
+            self._open.popitem()[1].close()
+        self.store.close()
 
     @classmethod
     def of_run(cls, run: RunFile, which: str) -> RowTable:
@@ -232,42 +323,98 @@ class RowTable:
 
     @classmethod
     def build(cls, folder: Path, packing: Packing) -> RowTable:
-        """The rows of a prepared set: planned while it was made, or now and kept beside it."""
-        index = read_index(folder)
+        """The rows of a set in a folder."""
+        return cls.open(LocalStore(folder), packing, local=folder if os.access(folder, os.W_OK) else None)
+
+    @classmethod
+    def open(cls, store: Store, packing: Packing, *, local: Path | None, open_shards: int = OPEN_SHARDS) -> RowTable:
+        """The rows of a prepared set: planned while it was made, or now.
+
+        Args:
+            store: of the set.
+            packing: how documents become rows.
+            local: where plans that the store lacks are kept; None keeps none.
+            open_shards: how many shards stay open.
+
+        Raises:
+            Failure: when there is no prepared set.
+        """
+        index = parse_index(store.read_small(INDEX))
         if index is None:
-            raise Failure(f"{folder} is not a prepared set; run `harness prepare`.")
-        plans = plan_folder(folder, packing, index.fingerprint)
-        summary = files.read_json(plans / SUMMARY) if (plans / SUMMARY).is_file() else summarise(folder, index, packing)
-        return cls(folder, index, packing, summary, plans)
+            raise Failure(f"{store.url} is not a prepared set; run `harness prepare`.")
+        plans = PlanSource(store, index, packing, local)
+        return cls(store, index, packing, plans.summary(), plans, open_shards)
 
 
-def summarise(folder: Path, index: ShardSetIndex, packing: Packing) -> dict[str, Any]:
-    """Plan the shards that are not planned yet, and keep what all plans add up to."""
-    plans = plan_folder(folder, packing, index.fingerprint)
-    writable = os.access(folder, os.W_OK)
-    if writable:
-        plans.mkdir(exist_ok=True)
-    summary: dict[str, Any] = {"rows": [], "filled": [], "trained": [], "truncated": 0, "dropped": 0}
-    for entry in index.shards:
-        path = plans / f"{entry.name}.npy"
-        if path.is_file():
-            plan = Plan.open(path)
-        else:
-            plan = _make_plan(folder, entry, packing)
-            if writable:
-                plan.write(path)
-        summary["rows"].append(plan.num_rows)
-        summary["filled"].append(int((plan.pieces[:, 2] - plan.pieces[:, 1]).sum(dtype=np.int64)))
-        summary["trained"].append(int(plan.trained.sum(dtype=np.int64)))
-        summary["truncated"] += plan.truncated
-        summary["dropped"] += plan.dropped
-    if writable:
-        files.write_json(plans / SUMMARY, summary)
-    return summary
+@dataclass
+class PlanSource:
+    """Where the plans of a set's shards come from: they lie in its store, or they are made here.
 
+    Args:
+        store: of the set.
+        index: of the set.
+        packing: how documents become rows.
+        local: folder in which plans are kept that were made here; None keeps none.
+    """
 
-def _make_plan(folder: Path, entry: ShardEntry, packing: Packing) -> Plan:
-    return Plan.make(np.load(folder / f"{entry.name}.lengths.npy"), np.load(folder / f"{entry.name}.spans.npy"), packing)
+    store: Store
+    index: ShardSetIndex
+    packing: Packing
+    local: Path | None
+    _in_store: list[ShardFile] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the folder of plans, below the set or `local`."""
+        return plan_folder(Path(), self.packing, self.index.fingerprint).name
+
+    def summary(self) -> Summary:
+        """That of all plans; makes those that are nowhere yet."""
+        if (text := self.store.read_small(f"{self.name}/{SUMMARY}")) is not None:
+            found = Summary.from_json(text)
+            self._in_store = found.files
+            return found
+        kept = self.local / self.name / SUMMARY if self.local else None
+        if kept is not None and kept.is_file():
+            return Summary.from_json(kept.read_bytes())
+        return self.make()
+
+    def make(self) -> Summary:
+        """Plan the shards that are not planned yet, and keep what all plans add up to."""
+        plans = [self._own(number) for number in range(len(self.index.shards))]
+        if self.local is None:
+            return Summary.of(plans, [])
+        summary = Summary.of(plans, [ShardFile.of(self._path(entry.name)) for entry in self.index.shards])
+        files.write_json(self.local / self.name / SUMMARY, summary.as_json())
+        return summary
+
+    def plan(self, number: int) -> tuple[Plan, list[str]]:
+        """The plan of a shard, and the names of files that the store holds for it."""
+        if self._in_store is None:
+            return self._own(number), []
+        [file] = self.files(number)
+        return Plan.open(self.store.hold(file)), [file.name]
+
+    def files(self, number: int) -> list[Wanted]:
+        """What the store has to hold for the plan of a shard."""
+        return [] if self._in_store is None else [wanted(self._in_store[number], f"{self.name}/")]
+
+    def _path(self, shard: str) -> Path:
+        assert self.local is not None
+        return self.local / self.name / f"{shard}.npy"
+
+    def _own(self, number: int) -> Plan:
+        entry = self.index.shards[number]
+        if self.local is not None and self._path(entry.name).is_file():
+            return Plan.open(self._path(entry.name))
+        sources = [entry.file("lengths.npy"), entry.file("spans.npy")]
+        plan = Plan.make(*(np.load(self.store.hold(wanted(file))) for file in sources), self.packing)
+        for file in sources:
+            self.store.release(file.name)
+        if self.local is not None:
+            self._path(entry.name).parent.mkdir(parents=True, exist_ok=True)
+            plan.write(self._path(entry.name))
+        return plan
 
 
 def cut(lengths: np.ndarray, length: int, long_documents: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class ShardSetIndex(BaseModel):
         fingerprint: of source, tokenizer, template, options and tokenizer backend.
         vocab_size: largest token id that the tokenizer can give, plus one.
         template: how examples became text, as `Template.to_dict` wrote it.
+        tokenizer: files of the folder `../tokenizer`.
         audit: counts by cause.
     """
 
@@ -107,6 +109,7 @@ class ShardSetIndex(BaseModel):
     eos_token_id: int
     pad_token_id: int
     template: dict[str, Any]
+    tokenizer: list[ShardFile]
     shards: list[ShardEntry]
     audit: dict[str, Any]
 
@@ -119,7 +122,10 @@ def write_index(folder: Path, index: ShardSetIndex) -> None:
 def read_index(folder: Path) -> ShardSetIndex | None:
     """The index of a set, or None when there is none or it has another version."""
     path = folder / NAME
-    if not path.is_file():
-        return None
-    values = files.read_json(path)
+    return parse_index(path.read_bytes()) if path.is_file() else None
+
+
+def parse_index(text: bytes | None) -> ShardSetIndex | None:
+    """The index in `text`, or None when there is none or it has another version."""
+    values = json.loads(text) if text is not None else {}
     return ShardSetIndex.model_validate(values) if values.get("version") == VERSION else None

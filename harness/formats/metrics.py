@@ -42,11 +42,13 @@ METRICS: dict[str, Metric] = {
 
 
 def check(tag: str) -> str:
-    """`tag` itself, when the table has it.
+    """`tag` itself, when the table has it; of an evaluation also `eval/SET/...` for one set of a mixture.
 
     Raises:
         KeyError: for a tag that nobody declared.
     """
-    if tag not in METRICS:
+    head, *middle, tail = tag.split("/")
+    known = f"{head}/{tail}" if head == "eval" and len(middle) == 1 else tag
+    if known not in METRICS:
         raise KeyError(f"{tag} is not in the table of metrics")
     return tag

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from harness.config import rules
+from harness.config.batch import batch_equation
 from harness.config.load import Loaded
+from harness.data.mixture import MixedTable
 from harness.data.prepare import prepared_index
-from harness.data.rows import RowTable
+from harness.data.sets import RunData, open_data
 from harness.errors import Refused
-from harness.formats.index import ShardSetIndex
 from harness.log import say
 from harness.model.configure import check_fit, load_config
 
@@ -24,24 +26,24 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True) -> d
         speak: announce the preparation.
 
     Returns:
-        facts that `plan` shows: the model's configuration, both row tables.
+        facts that `plan` shows: the model's configuration, and the data.
 
     Raises:
         Refused: with the first thing that is wrong.
     """
     rules.check(loaded, ranks=ranks, has_gpu=has_gpu)
     config = load_config(loaded)
-    index = prepared_index(loaded.run)
-    if index is None:
-        index = _prepare(loaded, speak=speak)
-    check_fit(config, vocab_size=index.vocab_size, loaded=loaded)
-    tables = {which: _table(loaded, which) for which in ("train", "validation")}
+    if loaded.run.data.sets is None and prepared_index(loaded.run) is None:
+        _prepare(loaded, speak=speak)
+    data = open_data(loaded.run)
+    check_fit(config, vocab_size=data.train.vocab_size, loaded=loaded)
+    _rows(data, loaded)
     _stages(loaded, config)
     if loaded.run.model.path is not None:
         from harness.model.build import check_weights
 
         check_weights(loaded.run.model.path, config, where=f"model.path ({loaded.origin('model.path')})", trust_code=loaded.run.model.trust_code)
-    return {"config": config, **tables}
+    return {"config": config, "data": data}
 
 
 def _stages(loaded: Loaded, config: Any) -> None:
@@ -60,22 +62,25 @@ def _stages(loaded: Loaded, config: Any) -> None:
         safetensors_folder(loaded.run.model.path, where=f"model.path ({loaded.origin('model.path')})")
 
 
-def _prepare(loaded: Loaded, *, speak: bool) -> ShardSetIndex:
+def _prepare(loaded: Loaded, *, speak: bool) -> None:
     from harness.data.prepare import prepare
 
     if speak:
         say(f"Preparing {loaded.run.data.dir} (once; `harness prepare` does it beforehand) ...")
     prepare(loaded.run, progress=speak)
-    index = prepared_index(loaded.run)
-    assert index is not None, "prepare() leaves an index"
-    return index
 
 
-def _table(loaded: Loaded, which: str) -> RowTable:
-    table = RowTable.of_run(loaded.run, which)
-    if table.num_rows == 0:
-        raise Refused(
-            f"The {which} set has no rows.", where=f"{table.folder} (data.{which}: {loaded.origin(f'data.{which}')})",
-            remedy="Give it examples, or a larger data.validation_share.",
-        )
-    return table
+def _rows(data: RunData, loaded: Loaded) -> None:
+    """Every set must have rows, and a mixture enough of them."""
+    tables = {"train": data.train} | {f"validation {name}".strip(): table for name, table in data.validation.items()}
+    for which, table in tables.items():
+        if table.num_rows == 0:
+            raise Refused(f"The {which} set has no rows.", where=f"data ({loaded.origin('data')})", remedy="Give it examples, or a larger data.validation_share.")
+    if not isinstance(data.train, MixedTable):
+        return
+    run = loaded.run
+    available = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards).total_rows
+    wanted = run.train.steps * batch_equation(loaded, 1).rows if run.train.steps is not None else math.ceil(run.train.epochs * data.train.num_rows)
+    if available is not None and wanted > available:
+        raise Refused(f"The run asks for {wanted:,} rows, but all sets are used up after {available:,}.",
+                      where=f"data.sets ({loaded.origin('data.sets')})", remedy="Train shorter, or raise max_epochs of a set.")

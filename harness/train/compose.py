@@ -15,8 +15,9 @@ from harness.config.deepspeed import merge, offload_device
 from harness.config.load import Loaded
 from harness.config.schema import RunFile
 from harness.data.loader import TrainLoader, eval_batches
+from harness.data.mixture import MixedTable
 from harness.data.rows import RowTable
-from harness.data.template import Template
+from harness.data.sets import open_data
 from harness.errors import Refused
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
@@ -26,6 +27,7 @@ from harness.resilience.agreement import Agreement
 from harness.resilience.signals import StopFlag
 from harness.telemetry.recorder import Recorder
 from harness.train.attempt import Attempt
+from harness.train.changes import Changes
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Progress, Trainer
 from harness.train.schedule import Schedule
@@ -88,27 +90,29 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     stop = StopFlag()
     stop.install()
     config = load_config(loaded)
-    tokenizer = load_tokenizer(str(Path(run.data.dir) / "tokenizer"), where="data.dir", trust_code=run.model.trust_code)
-    template = Template.from_run(run, tokenizer)
+    data = open_data(run)
+    table, template = data.train, data.template
+    tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=run.model.trust_code)
     if world.is_main:
         write_description(run.run_path / "model", config, tokenizer, template)
     grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
     batch = batch_equation(loaded, grid.dp_size)
-    table = RowTable.of_run(run, "train")
-    validation = RowTable.of_run(run, "validation")
-    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint)
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
     if world.is_main:
         attempt.write_deepspeed(ds_config)
-    found = _newest_checkpoint(run.run_path, table)
+    found = _newest_checkpoint(run.run_path)
+    changes = Changes.since(run, data, found)
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     progress = _resume(engine, found, run)
+    changes.accept(progress)
+    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=progress.first_row)
     length = run_length(run, rows_per_epoch=table.num_rows, batch_rows=batch.rows, done=progress)
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
     loader = TrainLoader(
-        table, table.order(seed=run.train.seed, window_shards=run.data.window_shards), dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=batch.micro_batch, global_rows=batch.rows,
-        start=progress.rows, total_rows=length.total_rows,
+        table, table.order(seed=run.train.seed, window_shards=run.data.window_shards), dp_rank=grid.dp_rank, dp_size=grid.dp_size,
+        micro_batch=batch.micro_batch, global_rows=batch.rows, start=progress.rows, total_rows=length.total_rows, first_row=progress.first_row,
+        pinned=use_gpu,
     )
     saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)
     evaluation_micro_batch = run.evaluation.micro_batch or run.train.micro_batch
@@ -116,9 +120,10 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         run=run, engine=engine, loader=loader,
         schedule=build_schedule(run, steps=length.steps, rows_per_epoch=table.num_rows, batch_rows=batch.rows),
         total_steps=length.steps, rows_per_epoch=table.num_rows, agreement=Agreement(device), stop=stop, recorder=recorder,
-        evaluate=lambda: evaluate(
-            engine, eval_batches(validation, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=evaluation_micro_batch)
-        ),
+        evaluate=lambda: evaluate(engine, {
+            name: eval_batches(rows, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=evaluation_micro_batch)
+            for name, rows in data.validation.items()
+        }),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
         save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
@@ -133,6 +138,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         return trainer.fit()
     finally:
         loader.close()
+        data.close()
         recorder.close()
 
 
@@ -150,7 +156,7 @@ def attempt_key(run: RunFile) -> str:
     return digest_text(str(run.run_path.absolute()))[:8]
 
 
-def _newest_checkpoint(run_dir: Path, table: RowTable) -> tuple[Path, Manifest] | None:
+def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that holds, as rank 0 sees it, on every rank."""
     found, skipped = None, []
     if distributed.rank() == 0:
@@ -164,11 +170,6 @@ def _newest_checkpoint(run_dir: Path, table: RowTable) -> tuple[Path, Manifest] 
         raise Refused(
             "Every checkpoint of this run is damaged; training would begin anew.", where=str(run_dir / "checkpoints"),
             remedy="Mend one of them, or start a new run in another run_dir.",
-        )
-    if found and found[1].data_fingerprint != table.fingerprint:
-        raise Refused(
-            f"The checkpoint {found[0].name} was trained on other rows than those in the data folder now.",
-            where=f"{found[0]} and {table.folder}", remedy="Restore the data set, or start a new run in another run_dir.",
         )
     return found
 
@@ -209,7 +210,7 @@ def _asked(run_dir: Path, what: str) -> bool:
     return False
 
 
-def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable, length: Length, progress: Progress) -> None:
+def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, length: Length, progress: Progress) -> None:
     from harness.model.build import num_parameters
 
     stages = f" in {run.engine.pipeline_stages} pipeline stages" if run.engine.pipeline_stages > 1 else ""

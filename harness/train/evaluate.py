@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from harness import distributed
 
@@ -22,11 +24,19 @@ class Evaluation:
         loss: mean token loss, in nats.
         token_accuracy: share of tokens whose argmax is right.
         tokens: trained tokens of the set.
+        by_set: the same for each set of a mixture.
     """
 
     loss: float
     token_accuracy: float
     tokens: int
+    by_set: dict[str, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sums: list[float], by_set: dict[str, Evaluation] | None = None) -> Evaluation:
+        """From the sum of token losses, trained tokens, and right tokens."""
+        loss_sum, tokens, right = sums
+        return cls(loss_sum / max(tokens, 1), right / max(tokens, 1), int(tokens), by_set or {})
 
     @property
     def perplexity(self) -> float:
@@ -35,12 +45,13 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The metrics by tag."""
-        return {"eval/loss": self.loss, "eval/perplexity": self.perplexity, "eval/token_accuracy": self.token_accuracy}
+        own = {"eval/loss": self.loss, "eval/perplexity": self.perplexity, "eval/token_accuracy": self.token_accuracy}
+        return own | {tag.replace("eval/", f"eval/{name}/"): value for name, one in self.by_set.items() for tag, value in one.metrics().items()}
 
 
-def evaluate(engine: CommonEngine, batches: Iterable[Batch]) -> Evaluation:
-    """Run every batch; all ranks must hold equally many."""
-    sums = engine.eval_sums(batches)
+def evaluate(engine: CommonEngine, sets: dict[str, Iterable[Batch]]) -> Evaluation:
+    """Run every batch of every set; all ranks must hold equally many. Several sets are also told apart by their names."""
+    sums = torch.stack([engine.eval_sums(batches) for batches in sets.values()])
     distributed.all_reduce_sum(sums)
-    loss_sum, tokens, right = sums.tolist()
-    return Evaluation(loss_sum / max(tokens, 1), right / max(tokens, 1), int(tokens))
+    by_set = {name: Evaluation.of(own) for name, own in zip(sets, sums.tolist(), strict=True)} if len(sets) > 1 else {}
+    return Evaluation.of(sums.sum(0).tolist(), by_set)

@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         rows: rows consumed: the cursor.
+        first_row: rows that were consumed before the order in force began; above 0 once appended data were accepted.
         trained_tokens: trained tokens so far.
         best_loss: lowest evaluation loss so far.
         best_step: its step.
@@ -38,6 +39,7 @@ class Progress:
 
     step: int = 0
     rows: int = 0
+    first_row: int = 0
     trained_tokens: int = 0
     best_loss: float = math.inf
     best_step: int = 0
@@ -197,5 +199,7 @@ class Trainer:
         if held_up := self.engine.balance():
             say(f"step {step}: {held_up}")
             self.note("imbalance", step=step, reason=held_up)
+        if evaluation.by_set:
+            say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))
         for prompt, answer in self.answer():
             self.recorder.sample(step, prompt, answer)

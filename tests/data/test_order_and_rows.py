@@ -169,7 +169,7 @@ def test_evaluation_sees_every_row_once_with_equal_work(table, ranks, micro_batc
     batches = [list(eval_batches(table, dp_rank=rank, dp_size=ranks, micro_batch=micro_batch)) for rank in range(ranks)]
     assert len({len(b) for b in batches}) == 1
     trained = sum(int((b.labels != UNTRAINED).sum()) for part in batches for b in part)
-    assert trained == sum(table.summary["trained"])
+    assert trained == sum(table.summary.trained)
 
 
 def test_a_loader_that_fails_says_so_where_it_is_used(table, monkeypatch):

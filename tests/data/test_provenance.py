@@ -23,7 +23,7 @@ def provenance(prepared) -> Provenance:
         "data": {"dir": str(prepared), "train": {"path": "unused"}, "sequence_length": 32},
     })
     rows = RowTable.build(prepared / "train", Packing(32, "best_fit", "cut"))
-    return Provenance(prepared / "train", run, {step: 4 * step for step in range(1, 9)}, fingerprint=rows.fingerprint)
+    return Provenance(str(prepared / "train"), run, {step: 4 * step for step in range(1, 9)}, fingerprint=rows.fingerprint)
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def tokenizer(prepared):
 
 
 def test_a_step_is_shown_as_the_loader_reads_it(provenance, tokenizer):
-    loader = TrainLoader(provenance.table, provenance.order, dp_rank=0, dp_size=1, micro_batch=4, global_rows=4)
+    loader = TrainLoader(provenance.table, provenance.table.order(seed=6, window_shards=16), dp_rank=0, dp_size=1, micro_batch=4, global_rows=4)
     reader = TokenReader(provenance.table)
     for step in (1, 5, 8):
         batch = loader.global_batch(reader, 4 * (step - 1))
         shown = provenance.rows_of_step(step, tokenizer)
         assert sum(row.trained_tokens for row in shown) == batch.trained_tokens
         for place, row in enumerate(shown):
-            documents = [datasets.load_from_disk(str(provenance.folder))[piece.document]["input_ids"][piece.start : piece.stop] for piece in row.pieces]
+            documents = [datasets.load_from_disk(provenance.table.store.url)[piece.document]["input_ids"][piece.start : piece.stop] for piece in row.pieces]
             joined = np.concatenate(documents)
             assert np.array_equal(batch.micro_batches[0].input_ids[place][: len(joined)], joined)
             assert row.pieces[0].text and all(len(piece.text) <= 60 for piece in row.pieces)
@@ -54,9 +54,9 @@ def test_a_row_says_in_which_steps_it_was_trained(provenance, tokenizer):
     for step in (1, 4, 8):
         for row in provenance.rows_of_step(step, tokenizer):
             assert (row.epoch, row.position, step) in provenance.steps_of_row(row.row)
-    late = provenance.table.number(int(provenance.order.rows(provenance.order.num_rows - 1, 1)[0]))
+    late = provenance.table.number(int(provenance.order.rows(provenance.table.num_rows - 1, 1)[0]))
     epoch, position, step = provenance.steps_of_row(late)[0]
-    assert (epoch, position) == (0, provenance.order.num_rows - 1) and (step is None) == (position >= 32)
+    assert (epoch, position) == (0, provenance.table.num_rows - 1) and (step is None) == (position >= 32)
 
 
 def test_what_is_not_there_is_refused(provenance, prepared):
@@ -65,6 +65,6 @@ def test_what_is_not_there_is_refused(provenance, prepared):
     with pytest.raises(Refused, match="no row 999999"):
         provenance.steps_of_row(999999)
     with pytest.raises(Refused, match="not a prepared set"):
-        Provenance(prepared, provenance.run, {}, fingerprint=provenance.table.fingerprint)
+        Provenance(str(prepared), provenance.run, {}, fingerprint=provenance.table.fingerprint)
     with pytest.raises(Refused, match="did not train on the rows"):
-        Provenance(prepared / "validation", provenance.run, {}, fingerprint=provenance.table.fingerprint)
+        Provenance(str(prepared / "validation"), provenance.run, {}, fingerprint=provenance.table.fingerprint)

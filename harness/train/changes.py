@@ -1,0 +1,104 @@
+"""What a run's data were when it began, and whether it may go on with what they are now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import distributed, files
+from harness.config.schema import RunFile
+from harness.data.sets import RunData
+from harness.errors import Refused
+from harness.formats import ledger
+from harness.log import say
+
+if TYPE_CHECKING:
+    from harness.formats.manifest import Manifest
+    from harness.train.loop import Progress
+
+FILE = "data.json"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Between the data of the last attempt and those of this one.
+
+    Attributes:
+        run_dir: of the run.
+        facts: of the data now.
+        appended: a sentence about what was added, where that is all that changed; empty otherwise.
+    """
+
+    run_dir: Path
+    facts: dict[str, Any]
+    appended: str
+
+    @classmethod
+    def since(cls, run: RunFile, data: RunData, found: tuple[Path, Manifest] | None) -> Changes:
+        """Compare with what the checkpoint was trained on.
+
+        Raises:
+            Refused: when a cursor into the old rows means nothing in the new ones.
+        """
+        path, now = run.run_path / FILE, data.facts()
+        before = files.read_json(path) if path.is_file() else None
+        if found is None or found[1].data_fingerprint == data.train.fingerprint:
+            return cls(run.run_path, now, "")
+        difference = describe(before, now) if before else "they were prepared by another version"
+        added = _appended(before, now) if before else ""
+        if added and run.data.accept_appended:
+            return cls(run.run_path, now, added)
+        remedy = "Restore the data, or start a new run in another run_dir"
+        raise Refused(
+            f"The checkpoint {found[0].name} was trained on other rows than there are now: {difference}.", where=f"{found[0]} and {_places(run)}",
+            remedy=f"{remedy}; data.accept_appended=true goes on with all of them, from a new epoch." if added else f"{remedy}.",
+        )
+
+    def accept(self, progress: Progress) -> None:
+        """Begin a new epoch over appended data, and remember what is trained on from now."""
+        if self.appended:
+            progress.first_row = progress.rows
+            say(f"Going on with appended data: {self.appended}; a new epoch over all rows begins at row {progress.rows:,}.")
+        if distributed.rank() == 0:
+            if self.appended:
+                ledger.append(self.run_dir, "appended", reason=self.appended, first_row=progress.first_row)
+            files.write_json(self.run_dir / FILE, self.facts)
+
+
+def _places(run: RunFile) -> str:
+    return ", ".join(spec.dir for spec in run.data.sets.values()) if run.data.sets else str(run.data.dir)
+
+
+def _appended(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What was added, if the old shards of every set are all there as they were; else nothing."""
+    told = []
+    for name, old in before.items():
+        new = now.get(name, {})
+        kept = {"packing", "backend", "weight", "max_epochs"}
+        if any(old.get(key) != new.get(key) for key in kept) or not old["shards"].items() <= new["shards"].items():
+            return ""
+        if more := len(new["shards"]) - len(old["shards"]):
+            told.append(f"{more} shards and {new['rows'] - old['rows']:,} rows more in {name}")
+    return ", ".join(told) if now.keys() == before.keys() else ""
+
+
+def describe(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The difference between the facts of two attempts, in words."""
+    told = [f"the set {name} is {'gone' if name in before else 'new'}" for name in sorted(before.keys() ^ now.keys())]
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
+        for key in ("weight", "max_epochs", "backend", "packing"):
+            if old.get(key) != new.get(key):
+                told.append(f"{key} of {name} was {old.get(key)} and is {new.get(key)}")
+        if old["rows"] != new["rows"]:
+            told.append(f"{name} had {old['rows']:,} rows and has {new['rows']:,}")
+        gone, added = old["shards"].keys() - new["shards"].keys(), new["shards"].keys() - old["shards"].keys()
+        other = [shard for shard in sorted(old["shards"].keys() & new["shards"].keys()) if old["shards"][shard] != new["shards"][shard]]
+        if other:
+            told.append(f"{len(other)} of {len(old['shards'])} shards of {name} hold other bytes, the first is {other[0]}")
+        if gone or added:
+            told.append(f"{name} had {len(old['shards'])} shards and has {len(new['shards'])}")
+        if old["fingerprint"] != new["fingerprint"] and not (other or gone or added):
+            told.append(f"{name} was prepared from other sources or settings, with the same tokens")
+    return "; ".join(told) or "the order of rows is another"
