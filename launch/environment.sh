@@ -50,6 +50,12 @@ harness_libaio() { # the headers that DeepSpeed's NVMe operator is compiled with
   return 1
 }
 
+harness_mpi() { # mpirun, under which several machines prepare data together; returns 1 where it cannot be had
+  if command -v mpirun >/dev/null 2>&1 || harness_apt openmpi-bin; then return 0; fi
+  echo "mpirun is missing, so data cannot be prepared by the ranks of an MPI job (Debian: apt-get install openmpi-bin)." >&2
+  return 1
+}
+
 harness_step() { # LOG LABEL COMMAND ...: runs it quietly, tells the seconds as they pass, and the end of its log if it fails
   local log=$1 label=$2 status=0 ticker
   shift 2

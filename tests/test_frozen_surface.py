@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from harness.cli.main import build_parser
-from harness.config.load import _section, fixed_keys
+from harness.config.load import _is_map, _section, fixed_keys
 from harness.config.schema import RunFile
 
 SNAPSHOT = Path(__file__).with_name("surface.txt")
@@ -30,7 +30,7 @@ def _settings(model: type, prefix: str = ""):
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         if section is not None:
-            yield from _settings(section, f"{prefix}{name}.")
+            yield from _settings(section, f"{prefix}{name}.{'*.' if _is_map(field.annotation) else ''}")
         else:
             default = "required" if field.is_required() else repr(field.default)
             yield f"{prefix}{name} = {default} ({'fixed' if f'{prefix}{name}' in fixed_keys() else 'free'})"

@@ -77,7 +77,7 @@ def _preflight(loaded: Loaded, world: World, use_gpu: bool) -> None:
     from harness.preflight.check import check
 
     transformers_logging.set_verbosity_error()
-    check(loaded, ranks=world.size, has_gpu=use_gpu)
+    check(loaded, ranks=world.size, has_gpu=use_gpu, ahead=True)
 
 
 def _use_gpu(loaded: Loaded) -> bool:

@@ -141,15 +141,26 @@ def _nearest_origin(key: str, origins: dict[str, str], path: Path) -> str:
 def _names(location: tuple[Any, ...]) -> list[str]:
     """The settings that stand at `location` of the schema."""
     model: type[BaseModel] | None = RunFile
+    inside_map = False
     for part in location:
+        if inside_map:
+            inside_map = False
+            continue
         field = model.model_fields.get(str(part)) if model else None
         model = _section(field.annotation) if field else None
+        inside_map = field is not None and _is_map(field.annotation)
     return list(model.model_fields) if model else []
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, or of the values of a map of sections."""
     candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    candidates = [get_args(c)[1] if get_origin(c) is dict else c for c in candidates]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _is_map(annotation: Any) -> bool:
+    return any(get_origin(candidate) is dict for candidate in (annotation, *get_args(annotation)))
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -159,18 +170,21 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             leaves.update(flatten(value, f"{prefix}{name}."))
+        elif isinstance(value, dict) and value and all(isinstance(held, BaseModel) for held in value.values()):
+            for key, held in value.items():
+                leaves.update(flatten(held, f"{prefix}{name}.{key}."))
         else:
             leaves[f"{prefix}{name}"] = value
     return leaves
 
 
 def fixed_keys(model: type[BaseModel] = RunFile, prefix: str = "") -> set[str]:
-    """The dotted keys that a resumed run must keep."""
+    """The dotted keys that a resumed run must keep; `*` stands for any name in a map of sections."""
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("resume") == "fixed":
             keys.add(f"{prefix}{name}")
         if section := _section(field.annotation):
-            keys |= fixed_keys(section, f"{prefix}{name}.")
+            keys |= fixed_keys(section, f"{prefix}{name}.{'*.' if _is_map(field.annotation) else ''}")
     return keys

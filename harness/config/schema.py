@@ -83,7 +83,7 @@ class Data(Section):
 
     dir: str | None = free(None, description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
     train: Source | None = fixed(None, description="Source of the training examples.")
-    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], SetSpec] | None = fixed(
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], SetSpec] | None = free(
         None, description="Prepared sets by name, mixed by weight, instead of `train`; each is evaluated apart."
     )
     cache_dir: str | None = free(None, description="Folder on a local disk for files of remote sets; by default ~/.cache/harness.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -308,13 +310,19 @@ def _write_arrow(path: Path, documents: Documents, *, wide: bool) -> None:
         "trained_starts": listed(spans[:, 1], pa.int32(), span_offsets),
         "trained_stops": listed(spans[:, 2], pa.int32(), span_offsets),
     })
-    aside = path.with_suffix(".tmp")
-    with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+    with _aside(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    aside.replace(path)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as stream:
+    with _aside(path) as aside, open(aside, "wb") as stream:
         np.save(stream, array)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A place of this process to write to, which then becomes `path`: a worker that outlives a killed parent for a moment disturbs nobody."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    yield aside
+    aside.replace(path)

@@ -15,11 +15,13 @@ import numpy as np
 from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import ROW_MASK, SHIFT, Order
 from harness.data.rows import RowTable
+from harness.errors import HarnessError
 
 EMPTY = -1
 OPENS, TRAINED = 1, 2
 UNTRAINED = -100
 AHEAD = 2
+BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,15 @@ class TokenReader:
     def _fill(self, tokens: np.ndarray, marks: np.ndarray, row_id: int) -> int:
         """Write one row; returns where its padding begins."""
         shard, row = self.table.shard(row_id >> SHIFT), row_id & ROW_MASK
-        flat, offsets, spans, span_offsets = shard.tokens
-        starts, at = shard.plan.starts, 0
-        for document, start, stop in shard.plan.pieces[starts[row] : starts[row + 1]].tolist():
-            origin = int(offsets[document])
-            end = at + stop - start
-            tokens[at:end] = flat[origin + start : origin + stop]
-            shift = at - start
-            for begin, finish in spans[span_offsets[document] : span_offsets[document + 1]].tolist():
-                first, last = max(begin, start + 1) + shift, min(finish, stop) + shift
-                if last > first:
-                    marks[first:last] = TRAINED
+        source, plan, at = shard.tokens, shard.plan, 0
+        first, last = plan.span_starts[row : row + 2].tolist()
+        for begin, end in plan.spans[first:last].tolist():
+            marks[begin:end] = TRAINED
+        first, last = plan.starts[row : row + 2].tolist()
+        for start, stop in plan.pieces[first:last].tolist():
             marks[at] = OPENS
+            end = at + stop - start
+            tokens[at:end] = source[start:stop]
             at = end
         return at
 
@@ -143,6 +142,7 @@ class TrainLoader:
 
     Attributes:
         wait_seconds: how long the last batch was waited for.
+        error: why no batch could be read, once that is so; empty rows follow.
     """
 
     table: RowTable | MixedTable
@@ -156,6 +156,8 @@ class TrainLoader:
     first_row: int = 0
     pinned: bool = False
     wait_seconds: float = 0.0
+    error: HarnessError | None = None
+    _block: tuple[int, np.ndarray, np.ndarray] = field(default=(0, np.zeros(0, np.int64), np.zeros(1, np.int64)), repr=False)
     _queue: queue.Queue[Any] = field(default_factory=lambda: queue.Queue(AHEAD), repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
@@ -165,13 +167,23 @@ class TrainLoader:
         self._thread.start()
         while True:
             started = time.perf_counter()
-            item = self._queue.get()
+            item = self._queue.get() if self.error is None else self.error
             self.wait_seconds = time.perf_counter() - started
             if item is None:
                 return
-            if isinstance(item, BaseException):
+            if isinstance(item, HarnessError):
+                self.error = item
+                yield self._filler()
+            elif isinstance(item, BaseException):
                 raise item
-            yield item
+            else:
+                yield item
+
+    def _filler(self) -> GlobalBatch:
+        """Rows without tokens, with which a rank that cannot read goes along until all ranks know it; what they make of it is forgotten."""
+        reader, slots = TokenReader(self.table), self.global_rows // (self.micro_batch * self.dp_size)
+        micro = [reader.batch(np.full(self.micro_batch, EMPTY), first_row=0) for _ in range(slots)]
+        return GlobalBatch(micro, 1, self.global_rows, self.start)
 
     def close(self) -> None:
         """End the thread."""
@@ -208,21 +220,38 @@ class TrainLoader:
         """The global batch that starts at `position`, for this rank."""
         real = self.global_rows if self.total_rows is None else min(self.global_rows, self.total_rows - position)
         rows = np.full(self.global_rows, EMPTY, np.int64)
-        rows[:real] = self.order.rows(position - self.first_row, real)
-        trained = int(self.table.trained_tokens(rows[:real]).sum())
+        rows[:real], trained = self._rows(position - self.first_row, real)
         slots = self.global_rows // (self.micro_batch * self.dp_size)
         firsts = [(slot * self.dp_size + self.dp_rank) * self.micro_batch for slot in range(slots)]
         micro = [reader.batch(rows[first : first + self.micro_batch], first_row=first) for first in firsts]
         return GlobalBatch(micro, trained, real, position)
 
+    def _rows(self, first: int, count: int) -> tuple[np.ndarray, int]:
+        """The rows at some positions, and their trained tokens; the order is asked for many at a time."""
+        begin, ids, trained = self._block
+        if not begin <= first <= first + count <= begin + len(ids):
+            begin, ids = first, self.order.rows(first, max(count, min(BLOCK_ROWS, self.order.ahead(first))))
+            trained = np.cumsum(np.concatenate([[0], self.table.trained_tokens(ids)]))
+            self._block = begin, ids, trained
+        place = first - begin
+        return ids[place : place + count], int(trained[place + count] - trained[place])
 
-def eval_batches(table: RowTable, *, dp_rank: int, dp_size: int, micro_batch: int) -> Iterator[Batch]:
-    """Every row of a set once over all ranks, padded with empty rows so that all ranks get equally many batches."""
+
+def eval_batches(table: RowTable, *, dp_rank: int, dp_size: int, micro_batch: int, errors: list[HarnessError]) -> Iterator[Batch]:
+    """Every row of a set once over all ranks, padded with empty rows so that all ranks get equally many batches.
+
+    Rows that cannot be read are put into `errors`, and empty ones stand for them until all ranks know it.
+    """
     reader, portion = TokenReader(table), micro_batch * dp_size
     for first in range(0, table.num_rows, portion):
         begin = first + dp_rank * micro_batch
         numbers = np.arange(begin, begin + micro_batch, dtype=np.int64)
         there = numbers < table.num_rows
         ids = np.full(micro_batch, EMPTY, np.int64)
-        ids[there] = table.ids(numbers[there])
-        yield reader.batch(ids, first_row=begin)
+        if not errors:
+            ids[there] = table.ids(numbers[there])
+        try:
+            yield reader.batch(ids, first_row=begin)
+        except HarnessError as error:
+            errors.append(error)
+            yield reader.batch(np.full(micro_batch, EMPTY), first_row=begin)

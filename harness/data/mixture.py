@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -124,6 +125,13 @@ class Mixture:
             found[chosen] = row_ids(shards + self.first_shards[which], rows)
         return found
 
+    def ahead(self, position: int) -> int:
+        """How many rows from a position on can be told at once: to the end of its period, or of the last set."""
+        phase = self._phase(position)[1]
+        place = position - phase.begin
+        period = PERIOD - place % PERIOD
+        return period if phase.length is None else min(period, phase.length - place)
+
     def draws(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [count] each: the set at every position, and the position in that set's own order."""
         sets, numbers = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -217,6 +225,11 @@ class MixedTable:
         return self.tables[0].pad_token_id
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all shards are there."""
+        return True
+
+    @property
     def num_rows(self) -> int:
         """Rows of all sets."""
         return sum(table.num_rows for table in self.tables)
@@ -239,7 +252,7 @@ class MixedTable:
 
     def set_of(self, shard: int) -> int:
         """Which set a shard belongs to."""
-        return int(np.searchsorted(self.first_shards, shard, side="right")) - 1
+        return bisect_right(self.first_shards, shard) - 1
 
     def shard(self, number: int) -> OpenShard:
         """A shard, opened."""

@@ -87,6 +87,12 @@ class Order:
         place = unpermute(np.asarray([inside]), num_rows=size, key=self._key(epoch, window))[0]
         return epoch * order.reached + begin + int(place)
 
+    def ahead(self, position: int) -> int:
+        """How many rows from a position on can be told without asking for another window of shards."""
+        epoch, place = self._epoch_of(position)
+        order = self._reach(epoch, place + 1)
+        return order.window_ends[int(np.searchsorted(order.window_ends, place, side="right"))] - place
+
     def shards_from(self, position: int) -> Iterator[int]:
         """The shards in the order in which they are needed from a position on, a window at a time, without end."""
         epoch, place = self._epoch_of(position)
@@ -116,7 +122,7 @@ class Order:
         return rows
 
     def _shards(self, epoch: int) -> np.ndarray:
-        return permute(np.arange(self.num_shards), num_rows=self.num_shards, key=("shards", self.seed, epoch))
+        return shards_of_epoch(self.num_shards, seed=self.seed, epoch=epoch)
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -143,6 +149,11 @@ class Order:
     def _key(self, epoch: int, window: int) -> tuple[int, int]:
         """Seed, and the number of the window in the endless sequence."""
         return self.seed, epoch * -(-self.num_shards // self.window_shards) + window
+
+
+def shards_of_epoch(num_shards: int, *, seed: int, epoch: int) -> np.ndarray:
+    """int64 [num_shards]: the shards in the order of an epoch."""
+    return permute(np.arange(num_shards), num_rows=num_shards, key=("shards", seed, epoch))
 
 
 def permute(places: np.ndarray, *, num_rows: int, key: tuple[object, ...]) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import KNOWN, ShardJob, SideJob, held_out, make_shard
 from harness.data.examples import example_of, key_of
+from harness.data.order import shards_of_epoch
 from harness.data.progress import Progress
 from harness.data.ranges import InputRange
 from harness.data.rows import Packing, PlanSource, RowTable, plan_folder
@@ -29,7 +32,8 @@ from harness.data.store import LocalStore
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template, start_ids
 from harness.errors import Failure, Refused
-from harness.formats.index import VERSION, ShardEntry, ShardFile, ShardSetIndex, read_index, write_index
+from harness.formats.index import DRAFT, VERSION, Draft, ShardEntry, ShardFile, ShardSetIndex, read_index, shard_name, write_index
+from harness.formats.index import NAME as INDEX
 from harness.log import say
 
 SHARD_TEXT_BYTES = 16 << 20
@@ -94,19 +98,46 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
     folder = Path(run.data.dir)
     if prepared_index(run) is None:
         _make(run, folder, progress=progress, executor=executor)
+    _tidy(folder)
     return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", count=3))
 
 
-def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> None:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for another process that prepares the same folder; the kernel lets go of the lock of one that dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise Refused(f"{folder} cannot be written: {error.strerror}.", where="data.dir", remedy="Set `data.dir` to another place.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Another process prepares {folder}; waiting for it ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> None:
     cache = folder / ".sources"
     try:
         _make_sets(run, folder, cache, progress=progress, executor=executor)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Take away what only preparing needed, and what killed preparations left half written; the parts last, by which this is known to be due."""
+    parts = [where for name in SETS if (where := folder / name / "parts").is_dir()]
+    if not parts or not os.access(folder, os.W_OK):
+        return
+    shutil.rmtree(folder / ".sources", ignore_errors=True)
+    for pattern in (".*.tmp", "*/.*.tmp", "*/rows-*/.*"):
+        for aside in folder.glob(pattern):
+            aside.unlink(missing_ok=True)
+    for where in parts:
+        shutil.rmtree(where, ignore_errors=True)
 
 
 def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, executor: Executor | None) -> None:
@@ -166,9 +197,12 @@ class Maker:
 
     def make(self, train: list[Group], validation: list[Group] | None, backend: str) -> None:
         """Make both sets with one backend."""
-        for name in SETS:
+        drafts = {}
+        for name, groups in zip(SETS, (train, validation if validation is not None else train), strict=True):
             (self.folder / name / "parts").mkdir(parents=True, exist_ok=True)
-            (self.folder / name / "index.json").unlink(missing_ok=True)
+            (self.folder / name / INDEX).unlink(missing_ok=True)
+            drafts[name] = self._draft(name, backend, len(groups))
+            files.write_json(self.folder / name / DRAFT, drafts[name].model_dump())
         if validation is None:
             made = self._shards(train, backend, SETS)
         else:
@@ -180,22 +214,32 @@ class Maker:
         for name in SETS:
             self._refuse_losses(made[name], name)
         for name in SETS:
-            self._finish(made[name], backend, name)
+            self._finish(made[name], drafts[name], name)
+
+    def _draft(self, name: str, backend: str, num_shards: int) -> Draft:
+        tokenizer = self.tokenizer
+        return Draft(
+            fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            template=self.template.to_dict(), tokenizer=[ShardFile.of(path) for path in sorted((self.folder / "tokenizer").iterdir())], num_shards=num_shards,
+        )
 
     def _shards(self, groups: list[Group], backend: str, names: tuple[str, ...], **keys: Path) -> dict[str, Made]:
+        """Make the shards of some sets, in the order in which the first epoch needs them."""
         jobs = [
             ShardJob(
-                f"shard-{number:05d}", group, self.run.data, self.run.train.seed,
+                shard_name(number), group, self.run.data, self.run.train.seed,
                 {name: SideJob(self.folder / name, set_fingerprint(self.base, backend, name)) for name in names},
                 self.folder / "tokenizer", backend, self.template, [] if self.template.chat else start_ids(self.tokenizer),
                 self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, **keys,
             )
             for number, group in enumerate(groups)
         ]
+        turns = shards_of_epoch(len(jobs), seed=self.run.train.seed, epoch=0).tolist()
         done: dict[int, dict[str, dict[str, Any]]] = {}
         with Progress(len(jobs), f"tokenising {' and '.join(names)}", shown=self.progress) as progress:
-            for number, result in workers.results(self.executor, make_shard, jobs):
-                done[number] = result
+            for turn, result in workers.results(self.executor, make_shard, [jobs[number] for number in turns]):
+                done[turns[turn]] = result
                 progress.advance(sum(part["entry"]["tokens"] for part in result.values()))
         return {name: Made(groups, [done[number][name] for number in range(len(jobs))]) for name in names}
 
@@ -217,19 +261,14 @@ class Maker:
             raise Refused(f"{lost} of {made.rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=f"data.{name}",
                           remedy="Mend the rows, or raise data.max_dropped_share.")
 
-    def _finish(self, made: Made, backend: str, name: str) -> None:
+    def _finish(self, made: Made, draft: Draft, name: str) -> None:
         """Write what makes a set of the shards, the index last, and take away what only preparing needed."""
-        folder, tokenizer = self.folder / name, self.tokenizer
+        folder = self.folder / name
         entries = _numbered([ShardEntry.model_validate(part["entry"]) for part in made.parts])
         broken = [place for part in made.parts for place in part["broken"]]
         audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(folder / "parts", entries),
                  **({"broken": broken[:20]} if broken else {})}
-        index = ShardSetIndex(
-            fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            template=self.template.to_dict(), tokenizer=[ShardFile.of(path) for path in sorted((self.folder / "tokenizer").iterdir())],
-            shards=entries, audit=audit,
-        )
+        index = draft.index(entries, audit)
         _write_dataset_files(folder, entries, index.fingerprint)
         wanted = {file.name for entry in entries for file in entry.files}
         for stale in folder.glob("shard-*"):
@@ -241,7 +280,6 @@ class Maker:
                 shutil.rmtree(stale)
         PlanSource(LocalStore(folder), index, packing, folder).make()
         write_index(folder, index)
-        shutil.rmtree(folder / "parts")
 
 
 def examples_of(groups: list[Group], run: RunFile) -> Iterator[Any]:
@@ -265,6 +303,7 @@ def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
     data = run.data
     if data.train_tokenizer is not None:
         plain = Template.from_run(run, None) if data.shape != "messages" else Template("messages", "turns")
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier tokenizer had, such as a chat template, is not this one's
         trained = (example for example in examples_of(train, run) if data.validation or not held_out(run.train.seed, data.validation_share, key_of(example)))
         train_bpe(("".join(text for text, _ in plain.segments(example, None)) for example in trained), vocab_size=data.train_tokenizer.vocab_size, folder=folder)
         return AutoTokenizer.from_pretrained(folder)
@@ -279,6 +318,8 @@ def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise Refused(f"The tokenizer of {name!r} has no end-of-text token, so answers could never stop.", where=where, remedy="Set its eos_token.")
+    if not (folder.exists() and Path(name).exists() and folder.samefile(name)):
+        shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -141,15 +141,16 @@ class Provenance:
             found.append((epoch, at, None if at is None else next((step for step, rows in self.rows_at.items() if rows > at), None)))
 
     def _pieces(self, row_id: int, tokenizer: Any, longest: int) -> list[Piece]:
-        shard = int(shard_and_row(np.asarray(row_id))[0])
-        entry, (flat, offsets, *_) = self.table.index.shards[shard], self.table.shard(shard).tokens
+        number, row = (int(value) for value in shard_and_row(np.asarray(row_id)))
+        shard = self.table.shard(number)
+        entry, plan, offsets = shard.entry, shard.plan, shard.offsets
         records = np.load(self.table.store.hold(wanted(entry.file("records.npy"))))
         pieces = []
-        plan, row = self.table.shard(shard).plan, int(shard_and_row(np.asarray(row_id))[1])
-        for document, start, stop in plan.pieces[plan.starts[row] : plan.starts[row + 1]].tolist():
+        for start, stop in plan.pieces[plan.starts[row] : plan.starts[row + 1]].tolist():
+            document = int(np.searchsorted(offsets, start, side="right")) - 1
             file, source_row = entry.origin(int(records[document]))
-            ids = flat[offsets[document] + start : offsets[document] + stop]
-            text = " ".join(tokenizer.decode(ids[: 2 * longest].tolist()).split())
-            pieces.append(Piece(file, source_row + 1, entry.name, document, start, stop, text[:longest]))
+            text = " ".join(tokenizer.decode(shard.tokens[start : min(stop, start + 2 * longest)].tolist()).split())
+            origin = int(offsets[document])
+            pieces.append(Piece(file, source_row + 1, entry.name, document, start - origin, stop - origin, text[:longest]))
         self.table.store.release(entry.file("records.npy").name)
         return pieces

@@ -9,11 +9,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from harness import files
 from harness.config.schema import Data, RunFile
@@ -22,9 +23,10 @@ from harness.data.order import Order, row_ids, shard_and_row
 from harness.data.store import LocalStore, Store, Wanted
 from harness.errors import Failure
 from harness.formats.index import NAME as INDEX
-from harness.formats.index import ShardEntry, ShardFile, ShardSetIndex, parse_index
+from harness.formats.index import ShardEntry, ShardFile, ShardSetIndex, parse_index, shard_name
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
+HEAD = 5
 OPEN_SHARDS = 64
 SUMMARY = "summary.json"
 
@@ -58,8 +60,10 @@ class Plan:
     """The rows of one shard.
 
     Attributes:
-        pieces: int32 [num_pieces, 3]: document, start, stop; the pieces of a row stand together.
+        pieces: int32 [num_pieces, 2]: first token and the one after the last, in the shard's token array; the pieces of a row stand together.
         starts: int32 [num_rows + 1]: where the pieces of each row begin.
+        spans: int32 [num_spans, 2]: what is trained, as places in its row; the first token of a piece never is.
+        span_starts: int32 [num_rows + 1]: where the spans of each row begin.
         trained: int32 [num_rows]: trained tokens of each row.
         truncated: documents that lost their end.
         dropped: documents that were left out for their length.
@@ -67,6 +71,8 @@ class Plan:
 
     pieces: np.ndarray
     starts: np.ndarray
+    spans: np.ndarray
+    span_starts: np.ndarray
     trained: np.ndarray
     truncated: int
     dropped: int
@@ -85,26 +91,37 @@ class Plan:
             spans: integers [spans, 3]: document, start, stop of what is trained, ordered by document.
             packing: how.
         """
-        pieces, lost = cut(lengths.astype(np.int64), packing.sequence_length, packing.long_documents)
+        lengths = lengths.astype(np.int64)
+        pieces, lost = cut(lengths, packing.sequence_length, packing.long_documents)
         order, ends = _pack(pieces[:, 2] - pieces[:, 1], packing.sequence_length, packing.how)
-        pieces = pieces[order]
-        starts = np.concatenate([[0], ends])
-        trained = trained_in_pieces(pieces, spans.astype(np.int64), len(lengths))
-        of_rows = np.add.reduceat(trained, starts[:-1]) if len(ends) else np.zeros(0, np.int64)
-        return cls(pieces.astype(np.int32), starts.astype(np.int32), of_rows.astype(np.int32), *lost.tolist())
+        pieces, starts = pieces[order], np.concatenate([[0], ends])
+        sizes = pieces[:, 2] - pieces[:, 1]
+        row_of = np.repeat(np.arange(len(ends)), np.diff(starts))
+        begins = np.cumsum(sizes) - sizes
+        places = begins - begins[starts[:-1]][row_of]
+        owner, first, last = spans_in_pieces(pieces, spans.astype(np.int64), len(lengths))
+        shift = places[owner] - pieces[owner, 1]
+        sources = (np.cumsum(lengths) - lengths)[pieces[:, 0]]
+        return cls(
+            (pieces[:, 1:] + sources[:, None]).astype(np.int32), starts.astype(np.int32),
+            np.column_stack([first + shift, last + shift]).astype(np.int32),
+            np.searchsorted(row_of[owner], np.arange(len(ends) + 1)).astype(np.int32),
+            np.bincount(row_of[owner], weights=last - first, minlength=len(ends)).astype(np.int32), *lost.tolist(),
+        )
 
     @classmethod
     def open(cls, path: Path) -> Plan:
         """Memory-mapped, as `write` left it."""
-        flat = np.load(path, mmap_mode="r")
-        num_rows, num_pieces, truncated, dropped = flat[:4].tolist()
-        starts, trained = flat[4 : 5 + num_rows], flat[5 + num_rows : 5 + 2 * num_rows]
-        return cls(flat[5 + 2 * num_rows :].reshape(num_pieces, 3), starts, trained, truncated, dropped)
+        flat = np.asarray(np.load(path, mmap_mode="r"))
+        num_rows, num_pieces, num_spans, truncated, dropped = flat[:HEAD].tolist()
+        ends = np.cumsum([HEAD, num_rows + 1, num_rows + 1, num_rows, 2 * num_pieces, 2 * num_spans])
+        starts, span_starts, trained, pieces, spans = (flat[a:b] for a, b in pairwise(ends.tolist()))
+        return cls(pieces.reshape(-1, 2), starts, spans.reshape(-1, 2), span_starts, trained, truncated, dropped)
 
     def write(self, path: Path) -> None:
-        """One int32 array: four counts, starts, trained, pieces."""
-        head = np.asarray([self.num_rows, len(self.pieces), self.truncated, self.dropped], np.int32)
-        flat = np.concatenate([head, self.starts, self.trained, self.pieces.ravel()])
+        """One int32 array: five counts, starts, starts of spans, trained, pieces, spans."""
+        head = np.asarray([self.num_rows, len(self.pieces), len(self.spans), self.truncated, self.dropped], np.int32)
+        flat = np.concatenate([head, self.starts, self.span_starts, self.trained, self.pieces.ravel(), self.spans.ravel()])
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         with open(aside, "wb") as stream:
             np.save(stream, flat)
@@ -133,24 +150,35 @@ class OpenShard:
     holds: list[str]
 
     @cached_property
-    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids of all documents; where each begins; trained spans int64 [spans, 2]; where those of each document begin."""
+    def tokens(self) -> np.ndarray:
+        """uint16 or int32 [tokens]: the ids of all documents, one after the other."""
+        return _values(self._column.values)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int32 [documents + 1]: where each document begins."""
+        return _values(self._column.offsets)
+
+    @cached_property
+    def _column(self) -> Any:
         import pyarrow as pa
 
         file = self.entry.file("arrow")
         path = self.store.hold(wanted(file))
         self.holds.append(file.name)
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        ids, starts, stops = (table[name].chunk(0) for name in ("input_ids", "trained_starts", "trained_stops"))
-        spans = np.column_stack([starts.values.to_numpy(), stops.values.to_numpy()])
-        return ids.values.to_numpy(zero_copy_only=True), ids.offsets.to_numpy(), spans, starts.offsets.to_numpy()
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["input_ids"].chunk(0)
 
     def close(self) -> None:
         """Let go of the memory maps, then of the files."""
-        self.__dict__.pop("tokens", None)
-        del self.plan
+        for name in ("tokens", "offsets", "_column", "plan"):
+            self.__dict__.pop(name, None)
         for name in self.holds:
             self.store.release(name)
+
+
+def _values(array: Any) -> np.ndarray:
+    """The numbers of an Arrow array without a copy; its own `to_numpy` would import pandas."""
+    return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
 
 
 def wanted(file: ShardFile, folder: str = "") -> Wanted:
@@ -168,7 +196,8 @@ class Summary:
         trained: tokens of each shard.
         truncated: documents that lost their end.
         dropped: documents that were left out for their length.
-        files: the plans, as they must arrive.
+        sizes: bytes of each plan's file; empty where plans are kept nowhere.
+        digests: of the same.
     """
 
     rows: list[int]
@@ -176,25 +205,26 @@ class Summary:
     trained: list[int]
     truncated: int
     dropped: int
-    files: list[ShardFile]
+    sizes: list[int]
+    digests: list[str]
 
     @classmethod
     def of(cls, plans: list[Plan], files: list[ShardFile]) -> Summary:
         """Add up."""
         return cls(
-            [plan.num_rows for plan in plans], [int((plan.pieces[:, 2] - plan.pieces[:, 1]).sum(dtype=np.int64)) for plan in plans],
-            [int(plan.trained.sum(dtype=np.int64)) for plan in plans], sum(plan.truncated for plan in plans), sum(plan.dropped for plan in plans), files,
+            [plan.num_rows for plan in plans], [int((plan.pieces[:, 1] - plan.pieces[:, 0]).sum(dtype=np.int64)) for plan in plans],
+            [int(plan.trained.sum(dtype=np.int64)) for plan in plans], sum(plan.truncated for plan in plans), sum(plan.dropped for plan in plans),
+            [file.bytes for file in files], [file.digest for file in files],
         )
 
     @classmethod
     def from_json(cls, text: bytes) -> Summary:
         """As `as_json` wrote it."""
-        values = json.loads(text)
-        return cls(**{**values, "files": [ShardFile.model_validate(file) for file in values["files"]]})
+        return cls(**orjson.loads(text))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> str:
         """Readable without this class."""
-        return {**self.__dict__, "files": [file.model_dump() for file in self.files]}
+        return json.dumps(self.__dict__)
 
 
 @dataclass(frozen=True)
@@ -225,6 +255,11 @@ class RowTable:
         return self.packing.sequence_length
 
     @property
+    def template(self) -> dict[str, Any]:
+        """How examples became text."""
+        return self.index.template
+
+    @property
     def vocab_size(self) -> int:
         """Largest token id that the tokenizer can give, plus one."""
         return self.index.vocab_size
@@ -238,6 +273,11 @@ class RowTable:
     def fingerprint(self) -> str:
         """Of data, packing and order: what a cursor means, besides the seed."""
         return files.digest_text(self.packing.fingerprint(self.index.fingerprint), str(ORDER_VERSION))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all shards are there."""
+        return True
 
     @property
     def num_rows(self) -> int:
@@ -290,10 +330,12 @@ class RowTable:
             return self._open[number]
         while len(self._open) >= self.open_shards:
             self._open.popitem(last=False)[1].close()
-        entry = self.index.shards[number]
-        plan, holds = self.plans.plan(number)
-        self._open[number] = OpenShard(self.store, entry, plan, holds)
+        self._open[number] = self._opened(number)
         return self._open[number]
+
+    def _opened(self, number: int) -> OpenShard:
+        plan, holds = self.plans.plan(number)
+        return OpenShard(self.store, self.index.shards[number], plan, holds)
 
     def look_ahead(self, order: Order, position: int) -> None:
         """Have the shards fetched that are needed from a position on, a window and the next one, as far as there is room."""
@@ -361,7 +403,7 @@ class PlanSource:
     index: ShardSetIndex
     packing: Packing
     local: Path | None
-    _in_store: list[ShardFile] | None = None
+    _in_store: Summary | None = None
 
     @property
     def name(self) -> str:
@@ -371,9 +413,8 @@ class PlanSource:
     def summary(self) -> Summary:
         """That of all plans; makes those that are nowhere yet."""
         if (text := self.store.read_small(f"{self.name}/{SUMMARY}")) is not None:
-            found = Summary.from_json(text)
-            self._in_store = found.files
-            return found
+            self._in_store = Summary.from_json(text)
+            return self._in_store
         kept = self.local / self.name / SUMMARY if self.local else None
         if kept is not None and kept.is_file():
             return Summary.from_json(kept.read_bytes())
@@ -385,7 +426,7 @@ class PlanSource:
         if self.local is None:
             return Summary.of(plans, [])
         summary = Summary.of(plans, [ShardFile.of(self._path(entry.name)) for entry in self.index.shards])
-        files.write_json(self.local / self.name / SUMMARY, summary.as_json())
+        files.write_text(self.local / self.name / SUMMARY, summary.as_json())
         return summary
 
     def plan(self, number: int) -> tuple[Plan, list[str]]:
@@ -397,7 +438,13 @@ class PlanSource:
 
     def files(self, number: int) -> list[Wanted]:
         """What the store has to hold for the plan of a shard."""
-        return [] if self._in_store is None else [wanted(self._in_store[number], f"{self.name}/")]
+        if self._in_store is None:
+            return []
+        return [Wanted(f"{self.name}/{shard_name(number)}.npy", self._in_store.sizes[number], self._in_store.digests[number])]
+
+    def size(self, number: int) -> int:
+        """Bytes of them."""
+        return self._in_store.sizes[number] if self._in_store else 0
 
     def _path(self, shard: str) -> Path:
         assert self.local is not None
@@ -439,13 +486,16 @@ def cut(lengths: np.ndarray, length: int, long_documents: str) -> tuple[np.ndarr
     return np.column_stack([owner, place * length, np.minimum((place + 1) * length, lengths[owner])]), lost
 
 
-def trained_in_pieces(pieces: np.ndarray, spans: np.ndarray, num_documents: int) -> np.ndarray:
-    """int64 [pieces]: tokens of each piece that a span covers, the first of the piece left out.
+def spans_in_pieces(pieces: np.ndarray, spans: np.ndarray, num_documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is trained of each piece: the tokens that a span covers, the first of the piece left out.
 
     Args:
         pieces: int64 [pieces, 3]: document, start, stop.
         spans: int64 [spans, 3]: document, start, stop, ordered by document.
         num_documents: of the shard.
+
+    Returns:
+        int64 each, ordered by piece: its number, first and one after the last token, as places in its document.
     """
     counts = np.bincount(spans[:, 0], minlength=num_documents) if len(spans) else np.zeros(num_documents, np.int64)
     first = np.cumsum(counts) - counts
@@ -454,7 +504,8 @@ def trained_in_pieces(pieces: np.ndarray, spans: np.ndarray, num_documents: int)
     which = np.arange(per_piece.sum()) - np.repeat(np.cumsum(per_piece) - per_piece, per_piece) + np.repeat(first[pieces[:, 0]], per_piece)
     begin = np.maximum(spans[which, 1], pieces[owner, 1] + 1)
     end = np.minimum(spans[which, 2], pieces[owner, 2])
-    return np.bincount(owner, weights=np.maximum(0, end - begin), minlength=len(pieces)).astype(np.int64)
+    there = end > begin
+    return owner[there], begin[there], end[there]
 
 
 def _pack(sizes: np.ndarray, length: int, packing: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from harness import files
 from harness.config.schema import Data, RunFile, SetSpec
+from harness.data.background import growing
 from harness.data.mixture import MixedTable, Share
 from harness.data.rows import OPEN_SHARDS, Packing, RowTable, wanted
 from harness.data.store import Store, open_store
 from harness.data.template import Template
 from harness.errors import HarnessError, Refused
-from harness.formats.index import ShardFile
+from harness.formats.index import ShardFile, shard_name
 from harness.units import format_bytes
 
 GIB = 1 << 30
@@ -39,6 +40,11 @@ class RunData:
     tokenizer: Path
     template: Template
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is being prepared any more, as this rank sees it."""
+        return self.train.is_whole and all(table.is_whole for table in self.validation.values())
+
     def facts(self) -> dict[str, Any]:
         """What a run keeps of its data, so that a later attempt can say what has changed."""
         tables = self.train.tables if isinstance(self.train, MixedTable) else [self.train]
@@ -47,7 +53,7 @@ class RunData:
         for name, table in zip(names, tables, strict=True):
             found[name or "train"] = {
                 "fingerprint": table.index.fingerprint, "backend": table.index.backend, "packing": dict(table.packing.__dict__),
-                "rows": table.num_rows, "shards": {entry.name: entry.digest for entry in table.index.shards},
+                "rows": table.num_rows, "shards": {shard_name(number): digest for number, digest in enumerate(table.index.columns["files"]["arrow"]["digest"])},
             }
             if isinstance(self.train, MixedTable):
                 share = self.train.shares[names.index(name)]
@@ -75,8 +81,8 @@ def open_data(run: RunFile) -> RunData:
     data = run.data
     if data.sets is None:
         folder = Path(str(data.dir))
-        train, validation = (RowTable.of_run(run, name) for name in ("train", "validation"))
-        return RunData(train, {"": validation}, folder / "tokenizer", Template.from_dict(train.index.template))
+        train, validation = (growing(folder / name, Packing.of(data)) or RowTable.of_run(run, name) for name in ("train", "validation"))
+        return RunData(train, {"": validation}, folder / "tokenizer", Template.from_dict(train.template))
     opened = {name: _open_set(name, spec, data) for name, spec in data.sets.items()}
     trains = [train for train, _ in opened.values()]
     _same_tokenizer(list(opened), trains)
@@ -87,7 +93,7 @@ def open_data(run: RunFile) -> RunData:
     train = trains[0] if len(trains) == 1 and shares[0].max_epochs is None else MixedTable(trains, shares)
     names = opened if len(opened) > 1 else [""]
     validation = dict(zip(names, (table for _, table in opened.values()), strict=True))
-    return RunData(train, validation, tokenizer, Template.from_dict(trains[0].index.template))
+    return RunData(train, validation, tokenizer, Template.from_dict(trains[0].template))
 
 
 def _open_set(name: str, spec: SetSpec, data: Data) -> tuple[RowTable, RowTable]:
@@ -146,7 +152,7 @@ def _room(data: Data, tables: list[RowTable]) -> None:
     needed = 0
     for table in tables:
         if table.store.is_remote:
-            sizes = sorted((entry.file("arrow").bytes + sum(file.size for file in table.plans.files(number)) for number, entry in enumerate(table.index.shards)), reverse=True)
+            sizes = sorted((size + table.plans.size(number) for number, size in enumerate(table.index.columns["files"]["arrow"]["bytes"])), reverse=True)
             needed += sum(sizes[: table.open_shards + 1])
     if needed > data.cache_gib * GIB:
         raise Refused(

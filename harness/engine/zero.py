@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from harness.engine.common import CommonEngine, initialize
 from harness.engine.holdings import parameter_names
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
+from harness.errors import Refused
+from harness.log import say
+from harness.model.apart import FLEX_PIECE, PIECE, influence, refuse_crossing, worst
 from harness.model.attention import use_attention
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 
@@ -53,6 +57,41 @@ class ZeroEngine(CommonEngine):
         )
         self.deepspeed = initialize(self.model, optimizer, ds_config, fp32=run.train.precision == "fp32")
         self._aux_coefficient = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if getattr(config, "output_router_logits", False) else 0.0
+        if run.data.packing != "none":
+            self._keep_documents_apart()
+
+    def _keep_documents_apart(self) -> None:
+        """Try the model on a short packed row, on all ranks together, and refuse it on all of them if its documents see each other."""
+        started, attention = time.perf_counter(), self.config._attn_implementation
+        flex = attention == "flex_attention"
+        piece = min(FLEX_PIECE if flex else PIECE, self.run.data.sequence_length // 2)
+        training = self.deepspeed.training
+        self.deepspeed.eval()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            mine = influence(
+                lambda ids, positions: self.deepspeed(input_ids=ids, position_ids=positions, use_cache=False).logits,
+                vocabulary=self.config.get_text_config().vocab_size, device=self.device, piece=piece,
+                row_by_row=max(self.run.train.micro_batch, self.run.evaluation.micro_batch or 1) == 1,
+            )
+        self.deepspeed.train(training)
+        self._forget_trial(compiled=flex)
+        found = worst(distributed.gather_objects(mine))
+        try:
+            refuse_crossing(found, model_type=self.config.model_type, attention=attention)
+        except Refused:
+            self.close()
+            raise
+        seen = "stay apart" if found.told else "may not stay apart: fresh logits that are not finite or do not depend on tokens cannot tell"
+        say(f"Documents of a packed row {seen} ({attention}, tried in {time.perf_counter() - started:.2f} s).")
+
+    def _forget_trial(self, *, compiled: bool) -> None:
+        """Let the first micro-batch be what ZeRO-3's trace of modules and flex attention's compiled shapes begin with."""
+        if self.stage == 3:
+            coordinator = self.deepspeed.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+        if compiled:
+            torch.compiler.reset()
 
     def train_step(self, batch: GlobalBatch, *, step: int, lr: float) -> StepResult:
         """Forward, backward and update for one global batch.

@@ -16,7 +16,7 @@ from harness.log import say
 from harness.model.configure import check_fit, load_config
 
 
-def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True) -> dict[str, Any]:
+def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False) -> dict[str, Any]:
     """Check everything; prepare the data when they are not prepared yet.
 
     Args:
@@ -24,6 +24,7 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True) -> d
         ranks: ranks that will train.
         has_gpu: whether they have GPUs.
         speak: announce the preparation.
+        ahead: let it go on in the background where training can begin before it is done.
 
     Returns:
         facts that `plan` shows: the model's configuration, and the data.
@@ -34,7 +35,7 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True) -> d
     rules.check(loaded, ranks=ranks, has_gpu=has_gpu)
     config = load_config(loaded)
     if loaded.run.data.sets is None and prepared_index(loaded.run) is None:
-        _prepare(loaded, speak=speak)
+        _prepare(loaded, speak=speak, ahead=ahead)
     data = open_data(loaded.run)
     check_fit(config, vocab_size=data.train.vocab_size, loaded=loaded)
     _rows(data, loaded)
@@ -62,9 +63,14 @@ def _stages(loaded: Loaded, config: Any) -> None:
         safetensors_folder(loaded.run.model.path, where=f"model.path ({loaded.origin('model.path')})")
 
 
-def _prepare(loaded: Loaded, *, speak: bool) -> None:
+def _prepare(loaded: Loaded, *, speak: bool, ahead: bool) -> None:
+    from harness.data import background
     from harness.data.prepare import prepare
 
+    if ahead and background.worth_it(loaded.run):
+        say(f"Preparing {loaded.run.data.dir} while training begins on its first shards; {loaded.run.data.dir}/{background.LOG} tells how far it is.")
+        background.start(loaded.run)
+        return
     if speak:
         say(f"Preparing {loaded.run.data.dir} (once; `harness prepare` does it beforehand) ...")
     prepare(loaded.run, progress=speak)
@@ -72,6 +78,8 @@ def _prepare(loaded: Loaded, *, speak: bool) -> None:
 
 def _rows(data: RunData, loaded: Loaded) -> None:
     """Every set must have rows, and a mixture enough of them."""
+    if not data.train.is_whole:
+        return
     tables = {"train": data.train} | {f"validation {name}".strip(): table for name, table in data.validation.items()}
     for which, table in tables.items():
         if table.num_rows == 0:

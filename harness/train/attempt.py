@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def check_same_run(loaded: Loaded) -> None:
     now = flatten(loaded.run)
     fixed = fixed_keys()
     for key in sorted(now.keys() | before.keys()):
-        is_fixed = key in fixed or any(key.startswith(f"{parent}.") for parent in fixed)
+        is_fixed = any(fnmatchcase(key, pattern) or key.startswith(f"{pattern}.") for pattern in fixed)
         if is_fixed and before.get(key) != now.get(key):
             raise Refused(
                 f"`{key}` is {now.get(key)!r}, but the run in {folder} was started with {before.get(key)!r}; it may not change on resume.",

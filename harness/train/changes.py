@@ -26,7 +26,7 @@ class Changes:
 
     Attributes:
         run_dir: of the run.
-        facts: of the data now.
+        facts: of the data now; empty while they are being prepared.
         appended: a sentence about what was added, where that is all that changed; empty otherwise.
     """
 
@@ -41,12 +41,12 @@ class Changes:
         Raises:
             Refused: when a cursor into the old rows means nothing in the new ones.
         """
-        path, now = run.run_path / FILE, data.facts()
+        path, now = run.run_path / FILE, data.facts() if data.train.is_whole else {}
         before = files.read_json(path) if path.is_file() else None
         if found is None or found[1].data_fingerprint == data.train.fingerprint:
             return cls(run.run_path, now, "")
-        difference = describe(before, now) if before else "they were prepared by another version"
-        added = _appended(before, now) if before else ""
+        difference = describe(before, now) if before and now else "what was recorded of them is not enough to say more"
+        added = _appended(before, now) if before and now else ""
         if added and run.data.accept_appended:
             return cls(run.run_path, now, added)
         remedy = "Restore the data, or start a new run in another run_dir"
@@ -63,7 +63,8 @@ class Changes:
         if distributed.rank() == 0:
             if self.appended:
                 ledger.append(self.run_dir, "appended", reason=self.appended, first_row=progress.first_row)
-            files.write_json(self.run_dir / FILE, self.facts)
+            if self.facts:
+                files.write_json(self.run_dir / FILE, self.facts)
 
 
 def _places(run: RunFile) -> str:

@@ -17,8 +17,8 @@ from harness.config.schema import RunFile
 from harness.data.loader import TrainLoader, eval_batches
 from harness.data.mixture import MixedTable
 from harness.data.rows import RowTable
-from harness.data.sets import open_data
-from harness.errors import Refused
+from harness.data.sets import RunData, open_data
+from harness.errors import HarnessError, Refused
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
 from harness.log import say
@@ -36,6 +36,7 @@ from harness.world import Grid, World
 if TYPE_CHECKING:
     import torch
 
+    from harness.engine.common import CommonEngine
     from harness.formats.manifest import Manifest
 
 
@@ -106,7 +107,8 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     progress = _resume(engine, found, run)
     changes.accept(progress)
     _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=progress.first_row)
-    length = run_length(run, rows_per_epoch=table.num_rows, batch_rows=batch.rows, done=progress)
+    rows_per_epoch = table.num_rows if table.is_whole else 0
+    length = run_length(run, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows, done=progress)
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
     loader = TrainLoader(
@@ -115,22 +117,21 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         pinned=use_gpu,
     )
     saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)
-    evaluation_micro_batch = run.evaluation.micro_batch or run.train.micro_batch
     trainer = Trainer(
         run=run, engine=engine, loader=loader,
-        schedule=build_schedule(run, steps=length.steps, rows_per_epoch=table.num_rows, batch_rows=batch.rows),
-        total_steps=length.steps, rows_per_epoch=table.num_rows, agreement=Agreement(device), stop=stop, recorder=recorder,
-        evaluate=lambda: evaluate(engine, {
-            name: eval_batches(rows, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=evaluation_micro_batch)
-            for name, rows in data.validation.items()
-        }),
+        schedule=build_schedule(run, steps=length.steps, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows),
+        total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
+        evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
         save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
     )
     _announce(run, engine, batch, table, length, progress)
     try:
-        if progress.step == 0 and run.evaluation.at_start:
+        whole = distributed.broadcast_object(data.is_whole)
+        if progress.step == 0 and run.evaluation.at_start and not whole:
+            say("The evaluation before the first step is left out: the validation set is still being prepared.")
+        elif progress.step == 0 and run.evaluation.at_start:
             trainer.first_look()
         elif progress.step >= length.steps:
             say(f"The run already has its {length.steps} steps; evaluating its newest checkpoint.")
@@ -140,6 +141,15 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         loader.close()
         data.close()
         recorder.close()
+
+
+def _evaluate(engine: CommonEngine, data: RunData, grid: Grid, micro_batch: int) -> Evaluation:
+    errors: list[HarnessError] = []
+    batches = {
+        name: eval_batches(rows, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=micro_batch, errors=errors)
+        for name, rows in data.validation.items()
+    }
+    return evaluate(engine, batches, errors)
 
 
 def _nvme_path(run: RunFile, world: World) -> str | None:
@@ -214,8 +224,10 @@ def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable |
     from harness.model.build import num_parameters
 
     stages = f" in {run.engine.pipeline_stages} pipeline stages" if run.engine.pipeline_stages > 1 else ""
-    say(f"{num_parameters(engine.whole_model()):,} parameters{stages}, {run.engine.deepspeed}, {run.train.precision}; {batch.text()}")
-    say(f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled; steps {progress.step} to {length.steps}")
+    attention = engine.config._attn_implementation.removeprefix("harness_")
+    say(f"{num_parameters(engine.whole_model()):,} parameters{stages}, {run.engine.deepspeed}, {run.train.precision}, {attention} attention; {batch.text()}")
+    rows = f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled" if table.is_whole else "rows are still being made"
+    say(f"{rows}; steps {progress.step} to {length.steps}")
 
 
 class Saver:

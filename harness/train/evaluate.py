@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from harness import distributed
+from harness.errors import HarnessError
+from harness.resilience.agreement import fail_together
 
 if TYPE_CHECKING:
     from harness.data.loader import Batch
@@ -49,9 +51,22 @@ class Evaluation:
         return own | {tag.replace("eval/", f"eval/{name}/"): value for name, one in self.by_set.items() for tag, value in one.metrics().items()}
 
 
-def evaluate(engine: CommonEngine, sets: dict[str, Iterable[Batch]]) -> Evaluation:
-    """Run every batch of every set; all ranks must hold equally many. Several sets are also told apart by their names."""
+def evaluate(engine: CommonEngine, sets: dict[str, Iterable[Batch]], errors: Sequence[HarnessError] = ()) -> Evaluation:
+    """Run every batch of every set; all ranks must hold equally many. Several sets are also told apart by their names.
+
+    Args:
+        engine: the engine.
+        sets: batches by the name of the set.
+        errors: filled by the batches while they are read.
+
+    Raises:
+        Failure: on all ranks, when one of them could not read its rows.
+    """
     sums = torch.stack([engine.eval_sums(batches) for batches in sets.values()])
-    distributed.all_reduce_sum(sums)
+    packed = torch.cat([sums.flatten(), torch.tensor([float(len(errors))], dtype=sums.dtype, device=sums.device)])
+    distributed.all_reduce_sum(packed)
+    if packed[-1] > 0:
+        fail_together(errors[0] if errors else None)
+    sums = packed[:-1].view_as(sums)
     by_set = {name: Evaluation.of(own) for name, own in zip(sets, sums.tolist(), strict=True)} if len(sets) > 1 else {}
     return Evaluation.of(sums.sum(0).tolist(), by_set)

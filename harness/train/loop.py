@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config.schema import RunFile
 from harness.errors import StopRequested
 from harness.log import say
-from harness.resilience.agreement import Agreement
+from harness.resilience.agreement import Agreement, fail_together
 from harness.resilience.signals import StopFlag
 from harness.train.evaluate import Evaluation
 from harness.train.schedule import Schedule
@@ -77,7 +77,7 @@ class Trainer:
     loader: TrainLoader
     schedule: Schedule
     total_steps: int
-    rows_per_epoch: int
+    rows_per_epoch: Callable[[], int | None]
     agreement: Agreement
     stop: StopFlag
     recorder: Recorder
@@ -151,21 +151,27 @@ class Trainer:
     def _open(self, batch: GlobalBatch, result: StepResult, *, lr: float, seconds: float) -> None:
         """Offer this step's sums to the other ranks."""
         self.agreement.offer(
-            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested(), busy_s=result.busy_s, window_s=result.window_s
+            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested(), failed=self.loader.error is not None,
+            busy_s=result.busy_s, window_s=result.window_s,
         )
         positions = batch.rows * self.run.data.sequence_length
         self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions)
 
     def _settle(self) -> set[str]:
-        """Collect the sums of the step before, record it, and say what the ranks agreed to do."""
+        """Collect the sums of the step before, record it, and say what the ranks agreed to do.
+
+        Raises:
+            Failure: on all ranks, when one of them had no rows for that step, before anything of it is recorded or saved.
+        """
         agreed, step = self.agreement.collect(), self._pending
         self._pending = None
         if agreed is None or step is None:
             return set()
+        if agreed.failed:
+            fail_together(self.loader.error)
         metrics = {
             "train/loss": agreed.loss_sum / max(step.result.trained_tokens, 1),
             "train/tokens": step.result.trained_tokens,
-            "train/epoch": step.rows / self.rows_per_epoch,
             "optim/lr": step.lr,
             "optim/grad_norm": step.result.grad_norm,
             "optim/skipped": 0 if step.result.applied else 1,
@@ -173,6 +179,8 @@ class Trainer:
             "speed/tokens_per_second": step.positions / max(step.seconds, 1e-9),
             "speed/data_wait_seconds": step.data_wait_seconds,
         }
+        if rows := self.rows_per_epoch():
+            metrics["train/epoch"] = step.rows / rows
         if agreed.aux_loss:
             metrics["train/aux_loss"] = agreed.aux_loss
         if agreed.idle_share is not None:

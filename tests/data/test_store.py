@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import logging
 import os
@@ -14,7 +12,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,85 +21,16 @@ from harness.data import fetch as module
 from harness.data.fetch import redact
 from harness.data.store import LocalStore, RemoteStore, Wanted, open_store
 from harness.errors import Failure, Refused
+from harness.testing.server import serving, wanted
 
 pytest.importorskip("aiohttp", reason="fsspec reads http:// through aiohttp")
 QUICK = {"backoff_s": 0.01, "stall_s": 0.5, "room_s": 0.5}
 
 
-def wanted(name: str, content: bytes) -> Wanted:
-    return Wanted(name, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves bytes, after the faults that are queued for a name: a status, `stall`, `truncate`, `wrong`, `long`, `slow`."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content: dict[str, bytes] = {}
-        self.faults: dict[str, list[object]] = {}
-        self.gets: Counter[str] = Counter()
-        self.queries: set[str] = set()
-        self.headers: list[str | None] = []
-        self.over = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/set"
-
-    def add(self, name: str, size: int) -> Wanted:
-        self.content[name] = random.Random(name).randbytes(size)
-        return wanted(name, self.content[name])
-
-    def handle_error(self, request, client_address):
-        """A client that hangs up is part of the tests."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):  # noqa: N802 (the name is the library's)
-        server: Server = self.server
-        path, _, query = self.path.partition("?")
-        name = path.removeprefix("/set/")
-        server.gets[name] += 1
-        server.queries.add(query)
-        server.headers.append(self.headers.get("Authorization"))
-        fault = server.faults[name].pop(0) if server.faults.get(name) else None
-        body = server.content.get(name)
-        if isinstance(fault, int) or body is None:
-            self.send_error(fault or 404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) + (fault == "long")))
-        self.end_headers()
-        half = len(body) // 2
-        if fault == "truncate":
-            self.wfile.write(body[:half])
-            self.close_connection = True
-        elif fault == "stall":
-            self.wfile.write(body[:half])
-            server.over.wait(20)
-            self.close_connection = True
-        elif fault == "slow":
-            for start in range(0, len(body), 1000):
-                self.wfile.write(body[start : start + 1000])
-                server.over.wait(0.05)
-        else:
-            self.wfile.write(b"x" + body[1:] if fault == "wrong" else body + b"x" * (fault == "long"))
-
-    def log_message(self, *_):
-        """Silence."""
-
-
 @pytest.fixture
 def server():
-    it = Server()
-    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield it
-    it.over.set()
-    it.shutdown()
-    thread.join()
-    it.server_close()
+    with serving() as it:
+        yield it
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -70,8 +71,9 @@ def _kill_after(run_file: Path, run_dir: Path, step: int, number: int, *override
         time.sleep(0.05)
     if number == signal.SIGKILL:
         for process in psutil.Process(child.pid).children(recursive=True):
-            if "harness" in (words := process.cmdline()) and "deepspeed.launcher.launch" not in words:
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "harness" in (words := process.cmdline()) and "deepspeed.launcher.launch" not in words:
+                    process.kill()
     else:
         child.send_signal(number)
     return child.wait(timeout=120)

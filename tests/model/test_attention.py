@@ -314,7 +314,7 @@ def engine_answers(name: str, stages: int, setting: str) -> tuple[list[float], l
         total = engine.train_step(batch, step=step, lr=1e-2).loss_sum.clone()
         distributed.all_reduce_sum(total)
         losses.append(total.item() / batch.trained_tokens)
-    answers = engine.generate([[5, 6, 7], [9]], tokenizer=SimpleNamespace(eos_token_id=0), max_new_tokens=8)
+    answers = engine.generate([[5, 6, 7], [9]], stop_ids=[0], max_new_tokens=8)
     engine.close()
     distributed.barrier()
     return losses, answers, config._attn_implementation
