@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def digest_file(path: Path) -> str:
     return state.hexdigest()
 
 
-def remembered_digests(paths: list[Path], known: Path) -> list[str]:
-    """`digest_file` of each path; those whose size and time of change are as `known` remembers them are not read again."""
+def remembered_digests(paths: list[Path], known: Path, digest: Callable[[Path], str]) -> list[str]:
+    """The digest of each path; those whose size and time of change are as `known` remembers them are not read again."""
     memory = read_json(known) if known.is_file() else {}
     found = {}
     for path in paths:
         state = path.stat()
         name, stamp = str(path.absolute()), [state.st_size, state.st_mtime_ns]
-        found[name] = memory[name] if memory.get(name, [None])[0] == stamp else [stamp, digest_file(path)]
+        found[name] = memory[name] if memory.get(name, [None])[0] == stamp else [stamp, digest(path)]
     if any(memory.get(name) != value for name, value in found.items()):
         try:
             known.parent.mkdir(parents=True, exist_ok=True)

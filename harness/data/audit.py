@@ -65,13 +65,15 @@ class Audit:
         return Group(table, *samples)
 
 
-def sample_rows(folder: Path, *, count: int, longest: int = 400) -> list[list[tuple[str, bool]]]:
+def sample_rows(folder: Path, tokenizer: Any = None, *, count: int, longest: int = 400) -> list[list[tuple[str, bool]]]:
     """The first, middle and last document of a set, as text with its trained parts, shortened to `longest` characters."""
     import datasets
-    from transformers import AutoTokenizer
 
     documents = datasets.load_from_disk(str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
     chosen = sorted({round(i * (len(documents) - 1) / max(1, count - 1)) for i in range(count)}) if len(documents) else []
     return [_pieces(documents[number], tokenizer, longest) for number in chosen]
 

@@ -20,13 +20,14 @@ from harness.config.schema import RunFile
 from harness.data import sources
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order
-from harness.data.prepare import ALONE_BYTES, fingerprint, set_fingerprint
+from harness.data.prepare import fingerprint, set_fingerprint
 from harness.data.rows import OPEN_SHARDS, OpenShard, Packing, Plan, RowTable, Summary, plan_folder
 from harness.data.store import LocalStore
 from harness.errors import Failure, Refused
 from harness.formats.index import DRAFT, NAME, Draft, ShardEntry, ShardSetIndex, read_index, shard_name
 
 POLL_S = 0.1
+WORTH_BYTES = 64 << 20
 FAILED, LOG, RUN = "failed.json", "prepare.log", ".run.yaml"
 
 
@@ -36,7 +37,7 @@ def worth_it(run: RunFile) -> bool:
     if source is None or source.path is None or run.train.steps is None or optimizer.warmup_epochs is not None or run.data.train_tokenizer is not None:
         return False
     paths = sources.source_paths(source, key="data.train")
-    return sum(path.stat().st_size for path in paths) > ALONE_BYTES and not any(path.suffix in sources.COMPRESSED for path in paths)
+    return sum(path.stat().st_size for path in paths) > WORTH_BYTES and not any(path.suffix in sources.COMPRESSED for path in paths)
 
 
 def start(run: RunFile) -> None:

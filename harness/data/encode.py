@@ -303,15 +303,22 @@ def _write_arrow(path: Path, documents: Documents, *, wide: bool) -> None:
     span_offsets = np.concatenate([[0], np.cumsum(np.bincount(spans[:, 0], minlength=count))]).astype(np.int32)
 
     def listed(values: np.ndarray, kind: pa.DataType, at: np.ndarray) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(at, pa.int32()), pa.array(values, kind))
+        return pa.ListArray.from_arrays(_arrow(at, pa.int32()), _arrow(values, kind))
 
-    batch = pa.RecordBatch.from_pydict({
-        "input_ids": listed(documents.flat, pa.int32() if wide else pa.uint16(), offsets),
-        "trained_starts": listed(spans[:, 1], pa.int32(), span_offsets),
-        "trained_stops": listed(spans[:, 2], pa.int32(), span_offsets),
-    })
+    batch = pa.RecordBatch.from_arrays(
+        [listed(documents.flat, pa.int32() if wide else pa.uint16(), offsets), listed(spans[:, 1], pa.int32(), span_offsets),
+         listed(spans[:, 2], pa.int32(), span_offsets)],
+        names=["input_ids", "trained_starts", "trained_stops"],
+    )
     with _aside(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
+
+
+def _arrow(values: np.ndarray, kind: Any) -> Any:
+    """An Arrow array of the same memory; `pa.array` would import pandas."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -38,7 +38,7 @@ from harness.log import say
 
 SHARD_TEXT_BYTES = 16 << 20
 """About so much text goes into a shard; few enough bytes that training can start on the first ones, and that a window of them fits into memory."""
-ALONE_BYTES = 64 << 20
+ALONE_BYTES = 256 << 20
 """Less text than this is done sooner in one process, whose tokenizer uses all cores, than processes start."""
 HASHES_AT_ONCE = 16_000_000
 SETS = ("train", "validation")
@@ -96,10 +96,13 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
         Refused: whatever is wrong with a source, the tokenizer or the rows.
     """
     folder = Path(run.data.dir)
-    if prepared_index(run) is None:
-        _make(run, folder, progress=progress, executor=executor)
-    _tidy(folder)
-    return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", count=3))
+    tokenizer = None
+    if prepared_index(run) is None or (_parts(folder) and os.access(folder, os.W_OK)):
+        with _alone(folder):
+            if prepared_index(run) is None:
+                tokenizer = _make(run, folder, progress=progress, executor=executor)
+            _tidy(folder)
+    return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", tokenizer, count=3))
 
 
 @contextmanager
@@ -119,18 +122,24 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> None:
+def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> Any:
+    """Make both sets; returns the tokenizer, which takes long to load."""
     cache = folder / ".sources"
     try:
-        _make_sets(run, folder, cache, progress=progress, executor=executor)
+        return _make_sets(run, folder, cache, progress=progress, executor=executor)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
 
+def _parts(folder: Path) -> list[Path]:
+    """What is there of unfinished sets."""
+    return [where for name in SETS if (where := folder / name / "parts").is_dir()]
+
+
 def _tidy(folder: Path) -> None:
     """Take away what only preparing needed, and what killed preparations left half written; the parts last, by which this is known to be due."""
-    parts = [where for name in SETS if (where := folder / name / "parts").is_dir()]
-    if not parts or not os.access(folder, os.W_OK):
+    parts = _parts(folder)
+    if not parts:
         return
     shutil.rmtree(folder / ".sources", ignore_errors=True)
     for pattern in (".*.tmp", "*/.*.tmp", "*/rows-*/.*"):
@@ -140,7 +149,7 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(where, ignore_errors=True)
 
 
-def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, executor: Executor | None) -> None:
+def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, executor: Executor | None) -> Any:
     data, size = run.data, SHARD_TEXT_BYTES
     train = sources.open_source(data.train, data, key="data.train", cache=cache, size=size)
     validation = sources.open_source(data.validation, data, key="data.validation", cache=cache, size=size) if data.validation else None
@@ -158,6 +167,7 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
         except BrokenProcessPool:
             raise Failure("A process that prepares the data was killed, often for want of memory; start again, and finished shards are kept "
                           "(fewer processes: data.num_processes).") from None
+    return tokenizer
 
 
 @dataclass

@@ -21,6 +21,8 @@ from harness.errors import Refused
 
 BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
+CSV_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
 BATCH_ROWS = 1024
 LARGEST_FIELD = 2**31 - 1
 
@@ -191,13 +193,18 @@ def _cut_csv(whole: InputRange, size: int) -> list[InputRange]:
     reader = csv.reader(lines, strict=True)
     try:
         header = tuple(next(reader, ()))
-        places = [lines.place]
-        if whole.stop - lines.place > size:
-            for _ in reader:
-                if lines.place - places[-1] >= size:
-                    places.append(lines.place)
     except csv.Error as error:
         raise _broken_csv(whole, lines.number, str(error)) from None
+    places = [lines.place]
+    while whole.stop - places[0] > size:
+        try:
+            next(reader)
+        except StopIteration:
+            break
+        except csv.Error:  # told when it is read, where the run file says what then
+            pass
+        if lines.place - places[-1] >= size:
+            places.append(lines.place)
     if places[-1] < whole.stop or len(places) == 1:
         places.append(whole.stop)
     return [replace(whole, start=a, stop=b, size=b - a, header=header) for a, b in zip(places, places[1:], strict=False)]
@@ -217,10 +224,11 @@ class _CountedLines:
         with open(self.part.path, "rb") as stream:
             stream.seek(self.place)
             for line in stream:
-                text = _decode(line, self.part, self.place)
-                self.place += len(line)
-                self.number += 1
-                yield text
+                for piece in CSV_LINES.findall(line) if b"\r" in line else (line,):
+                    text = _decode(piece, self.part, self.place)
+                    self.place += len(piece)
+                    self.number += 1
+                    yield text
 
 
 def _cut_parquet(whole: InputRange, size: int) -> list[InputRange]:
@@ -338,7 +346,7 @@ def _read_csv(part: InputRange) -> Iterator[Record]:
 def _read_text(part: InputRange) -> Iterator[Record]:
     """Documents of some 4,000 characters, cut at empty lines."""
     text = io.StringIO(_decode(_bytes(part), part, part.start), newline=None).read()
-    for document in builtin.cut_at_paragraphs(text, builtin.LONGEST_DOCUMENT):
+    for document in builtin.cut_at_paragraphs(LEADING_BLANK_LINES.sub("", text), builtin.LONGEST_DOCUMENT):
         yield {part.columns[0]: document}
 
 

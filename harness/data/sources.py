@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from harness import files
 from harness.config.schema import Data, Source
 from harness.data import builtin, ranges
@@ -53,11 +55,20 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
         known: file that remembers digests of files by size and time, so that large ones are not read at every start.
     """
     if source.path is not None:
-        return files.digest_text(*files.remembered_digests(source_paths(source, key=key), known), source.encoding)
+        return files.digest_text(*files.remembered_digests(source_paths(source, key=key), known, _digest), source.encoding)
     if source.builtin is not None:
         texts = builtin.python_prose() if source.builtin == "python-prose" else [f"{q}\n{a}" for q, a in builtin.python_questions()]
         return files.digest_text(*texts)
     return files.digest_text("hub", str(source.hub), source.split)
+
+
+def _digest(path: Path) -> str:
+    """XXH3-128 of a source's bytes: ten times as fast as a cryptographic hash, and nobody forges their own text."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
 
 
 def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int) -> list[tuple[InputRange, ...]]:
@@ -144,9 +155,11 @@ def _in_utf8(path: Path, shown: Path, encoding: str, cache: Path, *, key: str) -
     written.parent.mkdir(parents=True, exist_ok=True)
     decoder, place = codecs.getincrementaldecoder(encoding)(), 0
     with open(path, "rb") as stream, open(written, "wb") as plain:
-        while block := stream.read(BLOCK_BYTES):
+        block = b"\n"
+        while block:
+            block = stream.read(BLOCK_BYTES)
             try:
-                plain.write(decoder.decode(block).encode("utf-8", "surrogatepass"))
+                plain.write(decoder.decode(block, final=not block).encode("utf-8", "surrogatepass"))
             except UnicodeDecodeError as error:
                 raise Refused(f"{shown} is not {encoding}: byte {place - (len(error.object) - len(block)) + error.start} cannot be decoded.",
                               where=f"{shown} ({key}.path)", remedy=f"Set `{key}.encoding` to its encoding.") from None

@@ -86,7 +86,7 @@ def test_only_what_gains_is_prepared_ahead(tmp_path, monkeypatch):
     path = write_pairs(tmp_path / "p.jsonl", 90)
     plain = {"train": {"path": str(path)}, "shape": "prompt_completion", "train_tokenizer": None, "tokenizer": "t"}
     assert not background.worth_it(make_run(tmp_path, **plain)), "little text"
-    monkeypatch.setattr(background, "ALONE_BYTES", 100)
+    monkeypatch.setattr(background, "WORTH_BYTES", 100)
     run = make_run(tmp_path, **plain)
     assert background.worth_it(run)
     epochs = run.model_copy(update={"train": run.train.model_copy(update={"steps": None, "epochs": 1.0})})
