@@ -22,7 +22,7 @@ from harness.data.loader import TokenReader, TrainLoader
 from harness.data.prepare import prepare as prepare_run
 from harness.data.rows import Packing, RowTable
 from harness.data.template import Template
-from harness.formats.index import ShardSetIndex, write_index
+from harness.formats.index import Shards, ShardSetIndex, write_index
 
 VOCABULARY, SHARD_TOKENS, MEDIAN_LENGTH, DRAWN, DUMP_ROWS = 50_257, 8 << 20, 900, 256, 1024
 
@@ -83,7 +83,7 @@ def write_synthetic(folder: Path, *, tokens: int, seed: int) -> None:
         entries.append(_write(folder, job, fingerprint, documents, []))
         made += len(documents.flat)
     write_index(folder, ShardSetIndex(fingerprint=fingerprint, backend="none", vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=0,
-                                      template=template.to_dict(), shards=entries, audit={}))
+                                      template=template.to_dict(), tokenizer=[], columns=Shards.of(entries).columns, audit={}))
 
 
 def _random_documents(rng: np.random.Generator, tokens: int) -> Documents:
