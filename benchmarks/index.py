@@ -31,7 +31,8 @@ def make(folder: Path, rows: int) -> int:
     from harness_loader import VOCABULARY, _random_documents, _run_file, _write
 
     from harness.data.encode import ShardJob
-    from harness.data.rows import SUMMARY, Packing, Plan, Summary, plan_folder
+    from harness.data.packing import Packing, Plan, plan_folder
+    from harness.data.plans import SUMMARY, Summary
     from harness.data.template import Template
     from harness.formats.index import ShardFile, ShardSetIndex, Shards, shard_name, write_index
 
@@ -62,7 +63,8 @@ def measure(folder: Path, start: int) -> None:
     import pyarrow  # noqa: F401
 
     from harness.data.loader import TrainLoader
-    from harness.data.rows import Packing, RowTable
+    from harness.data.packing import Packing
+    from harness.data.rows import RowTable
 
     began = time.perf_counter()
     table = RowTable.build(folder, Packing(LENGTH, "best_fit", "cut"))

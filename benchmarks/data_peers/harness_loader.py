@@ -20,7 +20,8 @@ from harness.config.schema import RunFile
 from harness.data.encode import Documents, ShardJob, _write
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.prepare import prepare as prepare_run
-from harness.data.rows import Packing, RowTable
+from harness.data.packing import Packing
+from harness.data.rows import RowTable
 from harness.data.template import Template
 from harness.formats.index import Shards, ShardSetIndex, write_index
 

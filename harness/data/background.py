@@ -20,8 +20,11 @@ from harness.config.schema import RunFile
 from harness.data import sources
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order
-from harness.data.prepare import fingerprint, set_fingerprint
-from harness.data.rows import OPEN_SHARDS, OpenShard, Packing, Plan, RowTable, Summary, plan_folder
+from harness.data.maker import set_fingerprint
+from harness.data.prepare import fingerprint
+from harness.data.packing import Packing, Plan, plan_folder
+from harness.data.plans import Summary
+from harness.data.rows import OPEN_SHARDS, OpenShard, RowTable
 from harness.data.store import LocalStore
 from harness.errors import Failure, Refused
 from harness.formats.index import DRAFT, NAME, Draft, ShardEntry, ShardSetIndex, read_index, shard_name

@@ -16,9 +16,10 @@ import xxhash
 
 from harness import files
 from harness.config.schema import Data
-from harness.data import ranges, rows
+from harness.data import ranges
 from harness.data.backends import open_backend
 from harness.data.examples import example_of, identity_of, key_of
+from harness.data.packing import Packing, write_plan
 from harness.data.ranges import Broken, InputRange
 from harness.data.template import Template
 from harness.errors import Refused
@@ -285,7 +286,7 @@ def _write(folder: Path, job: ShardJob, fingerprint: str, documents: Documents, 
     arrays = {"lengths": documents.lengths, "spans": documents.spans, "records": documents.records}
     for what, array in arrays.items():
         _save_array(folder / f"{job.name}.{what}.npy", array)
-    rows.write_plan(folder, job.name, documents.lengths, documents.spans, rows.Packing.of(job.data), fingerprint=fingerprint)
+    write_plan(folder, job.name, documents.lengths, documents.spans, Packing.of(job.data), fingerprint=fingerprint)
     spans = documents.spans
     return ShardEntry(
         name=job.name, rows=len(documents.lengths), tokens=int(documents.lengths.sum(dtype=np.int64)),

@@ -11,7 +11,7 @@ import numpy as np
 from harness.config.schema import RunFile
 from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import shard_and_row
-from harness.data.rows import wanted
+from harness.data.plans import wanted
 from harness.data.sets import open_data, open_table
 from harness.errors import HarnessError, Refused
 

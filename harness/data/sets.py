@@ -12,7 +12,9 @@ from harness import files
 from harness.config.schema import Data, RunFile, SetSpec
 from harness.data.background import growing
 from harness.data.mixture import MixedTable, Share
-from harness.data.rows import OPEN_SHARDS, Packing, RowTable, wanted
+from harness.data.packing import Packing
+from harness.data.plans import wanted
+from harness.data.rows import OPEN_SHARDS, RowTable
 from harness.data.store import Store, open_store
 from harness.data.template import Template
 from harness.errors import HarnessError, Refused

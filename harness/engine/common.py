@@ -14,7 +14,7 @@ from harness.engine import loss_scale, slices
 from harness.engine.stage0 import guard_stage0
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from harness.config.schema import RunFile
     from harness.data.loader import Batch, GlobalBatch

@@ -29,7 +29,7 @@ from harness.model.stage import Stage, build_stage
 from harness.world import Grid
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from harness.data.loader import Batch, GlobalBatch
 

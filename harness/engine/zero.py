@@ -22,7 +22,7 @@ from harness.model.attention import use_attention
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from harness.data.loader import Batch, GlobalBatch
 

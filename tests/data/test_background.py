@@ -10,9 +10,11 @@ import pytest
 
 from harness import files
 from harness.data import background
+from harness.data import maker
 from harness.data import prepare as module
 from harness.data.loader import TrainLoader
-from harness.data.rows import Packing, RowTable
+from harness.data.packing import Packing
+from harness.data.rows import RowTable
 from harness.errors import Failure, Refused
 from tests.data.conftest import make_run, write_pairs
 
@@ -23,14 +25,14 @@ PACKING = Packing(32, "best_fit", "cut")
 def slow(tmp_path, monkeypatch):
     """A run whose shards are made one by one, each when it is allowed."""
     monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 1000)
-    allowed, made, real = threading.Semaphore(0), [], module.make_shard
+    allowed, made, real = threading.Semaphore(0), [], maker.make_shard
 
     def wait_then_make(job):
         allowed.acquire()
         made.append(job.name)
         return real(job)
 
-    monkeypatch.setattr(module, "make_shard", wait_then_make)
+    monkeypatch.setattr(maker, "make_shard", wait_then_make)
     run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 90))}, shape="prompt_completion", num_processes=1)
     thread = threading.Thread(target=module.prepare, args=(run,), kwargs={"progress": False}, daemon=True)
     thread.start()

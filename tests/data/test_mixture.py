@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.mixture import PERIOD, MixedTable, Mixture, Share, apportion
 from harness.data.order import Order, shard_and_row
-from harness.data.rows import Packing, RowTable
+from harness.data.packing import Packing
+from harness.data.rows import RowTable
 from tests.data.conftest import make_run, write_pairs
 
 SETS = st.lists(

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from harness.data.loader import UNTRAINED, TokenReader, TrainLoader, eval_batches
 from harness.data.order import Order, shard_and_row
-from harness.data.rows import Packing, RowTable, best_fit, cut, spans_in_pieces
+from harness.data.packing import Packing, best_fit, cut, spans_in_pieces
+from harness.data.rows import RowTable
 
+from tests.data.conftest import make_run, write_pairs
 
 SHARDS = st.lists(st.integers(0, 400), min_size=1, max_size=12).filter(sum)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -180,3 +182,50 @@ def test_a_loader_that_fails_says_so_where_it_is_used(table, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         next(iter(loader))
     loader.close()
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """The same pairs in shards of two sizes."""
+    from harness.data import prepare as module
+
+    folders = []
+    for size in (700, 4000):
+        folder = tmp_path_factory.mktemp(f"shards-{size}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "SHARD_TEXT_BYTES", size)
+            run = make_run(folder, train={"path": str(write_pairs(folder / "pairs.jsonl", 150))}, shape="prompt_completion", num_processes=1)
+            module.prepare(run, progress=False)
+        folders.append(folder / "data" / "train")
+    return folders
+
+
+@given(
+    which=st.integers(0, 1), length=st.sampled_from([8, 16, 24, 64, 200]), packing=st.sampled_from(["none", "best_fit"]), seed=SEEDS, window=st.integers(1, 9),
+    ranks=st.integers(1, 64), micro_batch=st.integers(1, 4), accumulation=st.integers(1, 3), start=st.integers(0, 2000),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_world_reads_the_same_epochs(many_shards, which, length, packing, seed, window, ranks, micro_batch, accumulation, start):
+    """Each row of two epochs once, whatever the ranks, the micro-batch and the row at which they begin."""
+    table = RowTable.build(many_shards[which], Packing(length, packing, "cut"))
+    order = table.order(seed=seed, window_shards=window)
+    total = 2 * table.num_rows
+    rows, reader = ranks * micro_batch * accumulation, TokenReader(table)
+    loaders = [
+        TrainLoader(table, order, dp_rank=rank, dp_size=ranks, micro_batch=micro_batch, global_rows=rows, start=start, total_rows=total) for rank in range(ranks)
+    ]
+    expected = reader.batch(order.rows(0, total), first_row=0).tokens
+    start, trained = start % total, 0
+    seen = []
+    for position in range(start, min(total, start + 3 * rows), rows):
+        parts = [loader.global_batch(reader, position) for loader in loaders]
+        found = {micro.first_row: micro.tokens for part in parts for micro in part.micro_batches}
+        assert sorted(found) == list(range(0, rows, micro_batch)) and len({part.trained_tokens for part in parts}) == 1
+        seen.append(np.concatenate([found[first] for first in sorted(found)])[: parts[0].rows])
+        trained += parts[0].trained_tokens
+    seen = np.concatenate(seen)
+    assert np.array_equal(seen, expected[start : start + len(seen)])
+    ids = order.rows(0, total)
+    assert np.array_equal(np.sort(ids[: table.num_rows]), np.sort(table.ids(np.arange(table.num_rows))))
+    assert table.num_rows < 10 or not np.array_equal(ids[: table.num_rows], ids[table.num_rows :]), "two epochs differ"
+    assert trained == int(table.trained_tokens(ids[start : start + len(seen)]).sum())

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from harness.data import builtin
+from harness.data import maker
 from harness.data import prepare as module
 from harness.data.prepare import fingerprint, prepare, prepared_index
 from harness.data.template import Template
@@ -94,7 +95,7 @@ def test_bytes_do_not_depend_on_the_processes(tmp_path, monkeypatch, processes):
 def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 2000)
     run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, shape="prompt_completion", num_processes=1)
-    made, real = [], module.make_shard
+    made, real = [], maker.make_shard
 
     def interrupted(job):
         if len(made) == 2:
@@ -102,12 +103,12 @@ def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
         made.append(job.name)
         return real(job)
 
-    monkeypatch.setattr(module, "make_shard", interrupted)
+    monkeypatch.setattr(maker, "make_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(run, progress=False)
     assert prepared_index(run) is None
     kept = {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
-    monkeypatch.setattr(module, "make_shard", real)
+    monkeypatch.setattr(maker, "make_shard", real)
     prepare(run, progress=False)
     assert prepared_index(run) is not None
     assert kept == {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
@@ -231,8 +232,9 @@ def test_a_damaged_compressed_file_is_refused_by_its_own_name(tmp_path):
 def test_another_order_is_another_fingerprint(prepared, monkeypatch):
     """A cursor means other rows under it, so that such a run must not be resumed in silence."""
     from harness.data import rows
+    from harness.data.packing import Packing
 
-    table = rows.RowTable.build(prepared / "train", rows.Packing(32, "best_fit", "cut"))
+    table = rows.RowTable.build(prepared / "train", Packing(32, "best_fit", "cut"))
     before = table.fingerprint
     monkeypatch.setattr(rows, "ORDER_VERSION", 99)
     assert table.fingerprint != before

@@ -12,7 +12,8 @@ import pytest
 from harness.config.schema import RunFile
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.provenance import Provenance
-from harness.data.rows import Packing, RowTable
+from harness.data.packing import Packing
+from harness.data.rows import RowTable
 from harness.errors import Refused
 
 

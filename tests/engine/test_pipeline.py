@@ -203,7 +203,6 @@ def test_a_stage_without_trained_parameters_is_refused_by_every_rank(ranks2):
 
 
 def generated(weights: str, prompts: list[list[int]]) -> list[list[int]]:
-    from types import SimpleNamespace
 
     engine = opened("zero1", "gpt2", stages=2, weights=weights)
     step_of(engine, 1)  # the shapes of training and of generation do not disturb each other

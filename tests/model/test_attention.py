@@ -295,8 +295,6 @@ def test_a_saved_configuration_does_not_know_of_it(tmp_path):
 
 def engine_answers(name: str, stages: int, setting: str) -> tuple[list[float], list[list[int]], str]:
     """On a rank: losses of three steps with recomputed blocks, then an answer, and what the engine chose."""
-    from types import SimpleNamespace
-
     from harness import distributed
     from harness.engine.open import open_engine
     from harness.testing.rows import cut, random_rows
