@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from rich.console import Console
 
 from harness.config.load import load
-from harness.errors import EXIT_DONE
+from harness.errors import EXIT_DONE, Refused
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,6 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace, executor: Executor | None) -> int:
     from harness.data.prepare import prepare
 
-    audit = prepare(load(arguments.run_file, arguments.overrides).run, executor=executor)
+    loaded = load(arguments.run_file, arguments.overrides)
+    for key in ("train", "dir"):
+        if getattr(loaded.run.data, key) is None:
+            given = f"data.sets ({loaded.origin('data.sets')})" if loaded.run.data.sets else f"data ({loaded.origin('data')})"
+            raise Refused(f"There is nothing to prepare: `data.{key}` is not set.", where=given, remedy="Set `data.train` to raw sources and `data.dir` to a folder.")
+    audit = prepare(loaded.run, executor=executor)
     Console().print(audit.render())
     return EXIT_DONE

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from harness import distributed
-from harness.errors import Failure, HarnessError
+from harness.errors import Failure, HarnessError, Refused
 
 
 FAILED = 2.0**24
@@ -19,10 +19,12 @@ def fail_together(error: HarnessError | None) -> NoReturn:
     """End all ranks with the message of the first that failed, so that rank 0 can say it. Collective.
 
     Raises:
-        Failure: always.
+        Refused: when the user can mend it.
+        Failure: otherwise.
     """
-    told = [text for text in distributed.gather_objects(str(error) if error else None) if text]
-    raise Failure(told[0])
+    told = distributed.gather_objects((isinstance(error, Refused), str(error)) if error else None)
+    refused, text = next(found for found in told if found)
+    raise Refused(text) if refused else Failure(text)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ class Changes:
             remedy=f"{remedy}; data.accept_appended=true goes on with all of them, from a new epoch." if added else f"{remedy}.",
         )
 
+    def first_row(self, found: tuple[Path, Manifest] | None) -> int:
+        """Rows that were consumed before the order in force begins."""
+        state = found[1].state if found else {}
+        return state.get("rows" if self.appended else "first_row", 0)
+
     def accept(self, progress: Progress) -> None:
         """Begin a new epoch over appended data, and remember what is trained on from now."""
         if self.appended:

@@ -103,10 +103,10 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         attempt.write_deepspeed(ds_config)
     found = _newest_checkpoint(run.run_path)
     changes = Changes.since(run, data, found)
+    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=changes.first_row(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     progress = _resume(engine, found, run)
     changes.accept(progress)
-    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=progress.first_row)
     rows_per_epoch = table.num_rows if table.is_whole else 0
     length = run_length(run, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows, done=progress)
     recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
