@@ -23,6 +23,7 @@ from harness.data.packing import Packing, write_plan
 from harness.data.ranges import Broken, InputRange
 from harness.data.template import Template
 from harness.errors import Refused
+from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
 
 EMPTY = "a part is empty or missing"
@@ -106,9 +107,12 @@ def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
         return done
     gathering, counts = _gather(job)
     backend = open_backend(job.tokenizer, job.backend)
-    results = {}
+    ids, offsets = backend.encode([text for side in gathering.sides.values() for text in side.texts])
+    results, begin = {}, 0
     for which, side in gathering.sides.items():
-        documents = Documents.assemble(*backend.encode(side.texts), side, start=job.start, ends=job.ends, wide=job.wide)
+        own = offsets[begin : begin + len(side.texts) + 1]
+        begin += len(side.texts)
+        documents = Documents.assemble(ids[own[0] : own[-1]], own - own[0], side, start=job.start, ends=job.ends, wide=job.wide)
         where = job.sides[which]
         entry = _write(where.folder, job, where.fingerprint, documents, counts)
         _save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
@@ -130,7 +134,7 @@ def _finished(job: ShardJob) -> dict[str, dict[str, Any]] | None:
             return None
         for file in ShardEntry.model_validate(done["entry"]).files:
             path = side.folder / file.name
-            if not path.is_file() or files.digest_file(path) != file.digest:
+            if not path.is_file() or digest.of_file(path) != file.digest:
                 return None
         found[which] = done
     return found

@@ -61,8 +61,12 @@ def example_of(row: dict[str, Any], data: Data) -> Example | None:
         return _conversation(values[0], row.get(data.columns.tools))
     texts = [value if isinstance(value, str) else ("" if value is None else str(value)) for value in values]
     if data.shape == "text":
-        return texts[0] if texts[0].strip() else None
-    return (texts[0], texts[1]) if texts[0].strip() and texts[1].strip() else None
+        return None if _is_blank(texts[0]) else texts[0]
+    return None if any(map(_is_blank, texts)) else (texts[0], texts[1])
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 def texts_of(example: Example) -> tuple[str, ...]:
@@ -75,11 +79,10 @@ def texts_of(example: Example) -> tuple[str, ...]:
 def key_of(example: Example) -> int:
     """What must not stand on both sides of a split, as 64 bits: the question, or the beginning of the text.
 
-    Case and white space do not count. Of a conversation it is the first user's turn with text (else all of it); of a text the first 1,000 bytes
-    that are not white space, within its first 4,000 characters.
+    Case and white space do not count. Of a conversation it is the first user's turn with text (else all of it); of a text its first 1,000 characters.
     """
     if isinstance(example, str):
-        return _hash(_plain(example[:4000])[:1000])
+        return _hash(_plain(example[:1000]))
     if isinstance(example, tuple):
         return _hash(_plain(example[0]))
     questions = (turn["content"] for turn in example.turns if turn["role"] == "user" and turn.get("content", "").strip())

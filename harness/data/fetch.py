@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import hashlib
 import logging
 import random
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from harness.formats import digest
 from harness.errors import Failure, HarnessError, Refused
 from harness.log import say
 
@@ -218,7 +218,7 @@ class _Arrival:
 
     def __init__(self, stream: BinaryIO, size: int):
         self.stream, self.size, self.received, self.moved = stream, size, 0, time.monotonic()
-        self._state, self._mutex, self._ended = hashlib.blake2b(digest_size=16), threading.Lock(), False
+        self._state, self._mutex, self._ended = digest.start(), threading.Lock(), False
 
     def write(self, block: bytes) -> int:
         """Append a block; a body that is too long is refused before it takes any room."""

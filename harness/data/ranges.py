@@ -24,6 +24,7 @@ BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
 CSV_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
 BATCH_ROWS = 1024
+BUFFER_BYTES = 1 << 20
 LARGEST_FIELD = 2**31 - 1
 
 
@@ -292,31 +293,36 @@ def _lines_before(part: InputRange) -> int:
 
 
 def _read_jsonl(part: InputRange) -> Iterator[Record]:
-    content = _bytes(part)
-    if part.encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "ascii"):
-        content = _decode(content, part, part.start).encode("utf-8", "surrogatepass")
-    for number, line in enumerate(_lines(content)):
-        if not line or line.isspace():
+    for number, line in enumerate(_lines(part)):
+        if line.isspace():
             yield None
             continue
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:
-            value = _loads_slowly(line, part, content, number)
+            value = _loads_slowly(line, part, number)
         yield value if isinstance(value, dict | Broken) else Broken(_lines_before(part) + number + 1, "is not a JSON object")
 
 
-def _lines(content: bytes) -> list[bytes]:
-    lines = content.split(b"\n")
-    return lines if lines[-1] else lines[:-1]
+def _lines(part: InputRange) -> Iterator[bytes]:
+    """The lines of a range, in UTF-8."""
+    if part.encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "ascii"):
+        yield from io.BytesIO(_decode(_bytes(part), part, part.start).encode("utf-8", "surrogatepass"))
+        return
+    with open(part.path, "rb", buffering=BUFFER_BYTES) as stream:
+        stream.seek(part.start)
+        left = part.stop - part.start
+        while left > 0 and (line := stream.readline()):
+            left -= len(line)
+            yield line
 
 
-def _loads_slowly(line: bytes, part: InputRange, content: bytes, number: int) -> Any:
+def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
     """What orjson refuses and the standard library reads (NaN, half a surrogate pair), or what is wrong with the line."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
-        _decode(content, part, part.start)
+        _decode(_bytes(part), part, part.start)
         raise
     try:
         return json.loads(text)

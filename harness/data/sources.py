@@ -10,14 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from harness import files
 from harness.config.schema import Data, Source
 from harness.data import builtin, ranges
 from harness.data.examples import columns_of, optional_columns_of
 from harness.data.ranges import InputRange
 from harness.errors import Refused
+from harness.formats import digest
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 1 << 20
@@ -55,20 +54,11 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
         known: file that remembers digests of files by size and time, so that large ones are not read at every start.
     """
     if source.path is not None:
-        return files.digest_text(*files.remembered_digests(source_paths(source, key=key), known, _digest), source.encoding)
+        return files.digest_text(*files.remembered_digests(source_paths(source, key=key), known, digest.of_file), source.encoding)
     if source.builtin is not None:
         texts = builtin.python_prose() if source.builtin == "python-prose" else [f"{q}\n{a}" for q, a in builtin.python_questions()]
         return files.digest_text(*texts)
     return files.digest_text("hub", str(source.hub), source.split)
-
-
-def _digest(path: Path) -> str:
-    """XXH3-128 of a source's bytes: ten times as fast as a cryptographic hash, and nobody forges their own text."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            state.update(block)
-    return state.hexdigest()
 
 
 def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int) -> list[tuple[InputRange, ...]]:

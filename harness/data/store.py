@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from harness import files
 from harness.data.fetch import Gone, Source, redact, signals_blocked
+from harness.formats import digest
 from harness.errors import Failure, Refused
 from harness.log import say
 
@@ -34,7 +35,7 @@ class Wanted:
     Attributes:
         name: relative to the set.
         size: in bytes.
-        digest: as `files.digest_file` makes it.
+        digest: as `formats.digest` makes it.
     """
 
     name: str
@@ -276,7 +277,7 @@ class RemoteStore(Store):
         """Whether the file is here and whole: by its size always, by its digest once."""
         if _size(path) != wanted.size:
             return False
-        if wanted not in self._verified and files.digest_file(path) == wanted.digest:
+        if wanted not in self._verified and digest.of_file(path) == wanted.digest:
             self._verified.add(wanted)
         return wanted in self._verified
 

@@ -11,6 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict
 
 from harness import files
+from harness.formats import digest
 
 VERSION = 2
 NAME, DRAFT = "index.json", "draft.json"
@@ -28,7 +29,7 @@ class ShardFile(BaseModel):
     @classmethod
     def of(cls, path: Path) -> ShardFile:
         """The file as it is."""
-        return cls(name=path.name, bytes=path.stat().st_size, digest=files.digest_file(path))
+        return cls(name=path.name, bytes=path.stat().st_size, digest=digest.of_file(path))
 
 
 class ShardSource(BaseModel):

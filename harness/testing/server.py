@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.server
 import random
 import threading
@@ -12,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.data.store import Wanted
+from harness.formats import digest
 
 
 def wanted(name: str, content: bytes) -> Wanted:
     """What an index says of `content`."""
-    return Wanted(name, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
+    return Wanted(name, len(content), digest.of_bytes(content))
 
 
 class Server(http.server.ThreadingHTTPServer):

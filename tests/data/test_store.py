@@ -66,7 +66,7 @@ def until(condition, *, seconds: float = 10) -> None:
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
-    head = "import json, os, random, signal, sys, time\nfrom pathlib import Path\nfrom harness import files\nfrom harness.data.store import *\n"
+    head = "import json, os, random, signal, sys, time\nfrom pathlib import Path\nfrom harness.formats import digest\nfrom harness.data.store import *\n"
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
@@ -342,7 +342,7 @@ STORM = """
         for here, want in enumerate(order):
             it.prefetch(order[here + 1 : here + 3])
             path = it.hold(want)
-            assert files.digest_file(path) == want.digest
+            assert digest.of_file(path) == want.digest
             time.sleep(draw.random() * 0.02)
             assert path.stat().st_nlink == 1
             it.release(want.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import socket
@@ -11,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from harness.data.store import RemoteStore, Wanted
+from harness.formats import digest
 from harness.errors import Failure
 
 pytest.importorskip("s3fs", reason="fsspec reads s3:// through s3fs")
 moto_server = pytest.importorskip("moto.server", reason="moto[server] plays S3")
 CONTENT = random.Random(0).randbytes(9 << 20)
 SECRET = "5ecre7-of-the-tests"
-WANTED = Wanted("shard-00000.arrow", len(CONTENT), hashlib.blake2b(CONTENT, digest_size=16).hexdigest())
+WANTED = Wanted("shard-00000.arrow", len(CONTENT), digest.of_bytes(CONTENT))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_an_object_is_held(opened):
     assert opened.read_small("index.json") == b"{}" and opened.read_small("none.json") is None
     path = opened.hold(WANTED)
     assert path.read_bytes() == CONTENT and sorted(it.name for it in opened.folder.iterdir()) == [".shard-00000.arrow.lock", "shard-00000.arrow"]
-    assert opened.hold(Wanted("empty.npy", 0, hashlib.blake2b(digest_size=16).hexdigest())).read_bytes() == b""
+    assert opened.hold(Wanted("empty.npy", 0, digest.of_bytes(b""))).read_bytes() == b""
 
 
 def test_a_prefetched_object_is_there(opened):
