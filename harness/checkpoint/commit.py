@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,12 +26,14 @@ from harness.formats.manifest import (
     write_manifest,
 )
 from harness.formats.tensor_file import TensorEntry, write_tensors
+from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
     from harness.engine.slices import SliceGroup
 
 MARKER = "latest"
+BYTES_PER_PARAMETER = 12
 _COMMITTED = re.compile(r"step-(\d{6,})$")
 _LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors")
 
@@ -72,6 +75,9 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     """
     folder = checkpoints_folder(run_dir) / folder_name(fields["step"])
     aside = folder.with_name(f"{folder.name}.tmp-{attempt}")
+    lacking = distributed.broadcast_object(room_problem(run_dir, fields["parameters"], checkpoints=1) if world.is_main else "")
+    if lacking:
+        raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
     written, adam_step, problem = _attempt(lambda: _write_groups(aside, groups, world.rank))
     answers = distributed.gather_objects((written, adam_step, problem))
     problems = [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(answers) if text]
@@ -89,6 +95,26 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
             + "\n  ".join(problems)
         )
     return folder
+
+
+def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: int) -> str:
+    """Why so many new checkpoints would not fit on the disk of the run's folder; empty when they do.
+
+    Args:
+        run_dir: the run's folder.
+        parameters: shape of every parameter; each is stored with both moments, in fp32.
+        checkpoints: how many are to be there at once, those that are there already included.
+    """
+    folder = checkpoints_folder(run_dir)
+    there = folder
+    while not there.exists():
+        there = there.parent
+    one = sum(math.prod(getattr(held, "shape", None) or held["shape"]) for held in parameters.values()) * BYTES_PER_PARAMETER
+    kept = min(checkpoints - 1, len(committed(run_dir)))
+    needed, free = one * (checkpoints - kept), shutil.disk_usage(there).free
+    if needed <= free:
+        return ""
+    return f"{checkpoints - kept} more checkpoints of {format_bytes(one)} need {format_bytes(needed)} in {folder}, where {format_bytes(free)} are free."
 
 
 def _attempt(action: Any) -> tuple[list[SliceFile], int, str]:
@@ -227,20 +253,22 @@ def _restore_replaced(run_dir: Path) -> None:
             os.rename(path, path.with_suffix(""))
 
 
-def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None) -> list[Path]:
+def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_every_steps: int | None = None) -> list[Path]:
     """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank, between saves.
 
     Args:
         run_dir: the run's folder.
         keep_last: how many of the newest stay, at least one.
         best_step: step of one that stays whatever its age.
+        keep_every_steps: checkpoints of steps that this divides stay for good.
 
     Returns:
         the checkpoints that are gone.
     """
     gone = []
     for position, (step, folder) in enumerate(committed(run_dir)):
-        if position >= max(1, keep_last) and step != best_step:
+        for_good = keep_every_steps is not None and step % keep_every_steps == 0
+        if position >= max(1, keep_last) and step != best_step and not for_good:
             os.rename(folder, folder.with_name(f"{folder.name}.deleting"))
             gone.append(folder)
     folder = checkpoints_folder(run_dir)

@@ -105,6 +105,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     changes = Changes.since(run, data, found)
     _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=changes.first_row(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
+    _check_room(run, engine)
     progress = _resume(engine, found, run)
     changes.accept(progress)
     rows_per_epoch = table.num_rows if table.is_whole else 0
@@ -123,7 +124,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
-        save=saver.save, save_requested=lambda: _asked(run.run_path, "save"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
+        save=saver.save, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
     )
     _announce(run, engine, batch, table, length, progress)
@@ -193,6 +194,14 @@ def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, devic
     return engine
 
 
+def _check_room(run: RunFile, engine: CommonEngine) -> None:
+    """Refuse before the first step what could not be saved later: what is kept, and one more while it is written."""
+    checkpoints = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
+    lacking = distributed.broadcast_object(commit.room_problem(run.run_path, engine.parameters(), checkpoints=checkpoints) if distributed.rank() == 0 else "")
+    if lacking:
+        raise Refused(lacking, where="run_dir, checkpoint.keep_last", remedy="Make room there, set `run_dir` to another disk, or keep fewer checkpoints.")
+
+
 def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> Progress:
     if found is None:
         return Progress()
@@ -236,6 +245,12 @@ class Saver:
     def __init__(self, run: RunFile, engine: Any, attempt: Attempt, data_fingerprint: str, world: World, recorder: Recorder, ds_config: dict[str, Any]):
         self.run, self.engine, self.attempt, self.world, self.recorder = run, engine, attempt, world, recorder
         self.data_fingerprint, self.ds_config = data_fingerprint, ds_config
+        self.saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the time since the last checkpoint asks for one; rank 0's clock decides for all."""
+        minutes = self.run.checkpoint.every_minutes
+        return minutes is not None and self.world.is_main and time.monotonic() - self.saved_at >= 60 * minutes
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Write `progress.step` as a checkpoint on all ranks."""
@@ -260,7 +275,8 @@ class Saver:
         seconds = time.perf_counter() - started
         if self.world.is_main:
             best = progress.best_step if self.run.checkpoint.keep_best else None
-            commit.retain(self.run.run_path, keep_last=self.run.checkpoint.keep_last, best_step=best)
+            commit.retain(self.run.run_path, keep_last=self.run.checkpoint.keep_last, best_step=best, keep_every_steps=self.run.checkpoint.keep_every_steps)
             ledger.append(self.run.run_path, "save", step=progress.step, checkpoint=folder.name, seconds=round(seconds, 3))
+        self.saved_at = time.monotonic()
         self.recorder.extra(progress.step, {"checkpoint/save_seconds": seconds})
         say(f"step {progress.step}: saved {folder.name} in {seconds:.1f} s")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,21 @@ def test_failure_to_write_is_reported_and_leaves_nothing(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000010"]
 
 
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    first = save(tmp_path, 10)
+    needed = 12 * sum(math.prod(shape) for shape in SHAPES.values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(Failure, match=r"step 20 was not saved; the one before it stands.\n  1 more checkpoints of .* are free"):
+        save(tmp_path, 20)
+    assert sorted(path.name for path in first.parent.iterdir()) == ["latest", "step-000010"] and commit.inspect(first)[1] == []
+    parameters = {name: {"shape": shape} for name, shape in SHAPES.items()}
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage._replace(free=2 * needed))
+    assert commit.room_problem(tmp_path, parameters, checkpoints=3) == "", "one of the three is there already"
+    assert "3 more checkpoints" in commit.room_problem(tmp_path, parameters, checkpoints=4)
+    assert commit.room_problem(tmp_path / "not" / "there", parameters, checkpoints=2) == ""
+
+
 def test_a_parameter_that_is_not_stored_whole_is_not_committed(tmp_path):
     with pytest.raises(Failure, match="wte.weight is stored up to element 18 of 35"):
         commit.save(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
@@ -216,3 +233,10 @@ def test_steps_beyond_six_digits_stay_in_order(tmp_path):
 def test_manifest_is_readable_by_eye_and_without_torch(tmp_path):
     text = (save(tmp_path, 10) / FILE_NAME).read_text()
     assert text.startswith('{\n"digest": "') and all(name in text for name in SHAPES)
+
+
+def test_steps_that_are_kept_for_good_outlive_retention(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+    commit.retain(tmp_path, keep_last=1, keep_every_steps=20)
+    assert [step for step, _ in commit.committed(tmp_path)] == [50, 40, 20]
