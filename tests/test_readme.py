@@ -39,7 +39,7 @@ def test_no_placeholder_is_left(repository):
     assert "@@" not in _readme(repository)
 
 
-@pytest.mark.parametrize("name", ["medical_qa", "writing", "quickstart_pretrain", "quickstart_finetune"])
+@pytest.mark.parametrize("name", ["medical_qa", "writing", "mixture", "quickstart_pretrain", "quickstart_finetune"])
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "zero1_offload_cpu", "zero3_offload_cpu", "zero3_offload_nvme"])
 def test_what_ships_fits_together(repository, name, engine):
     loaded = load(repository / "launch/runs" / f"{name}.yaml", [f"engine.deepspeed={engine}", "engine.nvme_dir=/nvme"])

@@ -33,7 +33,7 @@ _REDACTIONS = [(re.compile(pattern, re.IGNORECASE), by) for pattern, by in (
     (r"(\b[a-z][\w+.-]*://)[^\s/'\"<>]*@", r"\1"),
     (r"(\b[a-z][\w+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1"),
     (r"\b(authorization)\b['\"]?\s*[=:].*", r"\1=***"),
-    (rf"\b({_KEYS})(?![\w-])['\"]?\s*[=:]\s*(?:'[^']*'|\"[^\"]*\"|[^\s&,;)<>]+)", r"\1=***"),
+    (rf"\b(?!\w*Error\b)({_KEYS})(?![\w-])['\"]?\s*[=:]\s*(?:'[^']*'|\"[^\"]*\"|[^\s&,;)<>]+)", r"\1=***"),
     (r"<(\w*(?:key|token|signature|secret)\w*)>[^<]*", r"<\1>***"),
     (r"\b(?:hf_[a-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b", "***"),
 )]
@@ -259,7 +259,7 @@ class _Arrival:
 
 def _is_final(error: BaseException) -> bool:
     """Whether the other side has answered, and asking again will hardly help."""
-    if isinstance(error, FileNotFoundError | PermissionError):
+    if isinstance(error, FileNotFoundError | PermissionError) or "Credentials" in type(error).__name__:  # as botocore calls them
         return True
     status = getattr(error, "status", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)

@@ -483,6 +483,7 @@ def test_credentials_are_used_and_never_shown(server, opened, said, capsys):
     ("AccountName=n;AccountKey=ab==;EndpointSuffix=e", "AccountName=n;AccountKey=***;EndpointSuffix=e"),
     ("<AWSAccessKeyId>AB</AWSAccessKeyId>", "<AWSAccessKeyId>***</AWSAccessKeyId>"),
     ("key AKIAABCDEFGHIJKLMNOP and hf_abcdefghijklmnopqrst", "key *** and ***"),
+    ("NoCredentialsError: Unable to locate credentials", "NoCredentialsError: Unable to locate credentials"),
     ("500, message='Internal Server Error'", "500, message='Internal Server Error'"),
 ])
 def test_redact(text, shown):
