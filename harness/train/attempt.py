@@ -46,6 +46,10 @@ class Attempt:
         number = max((int(path.name) for path in _numbered(attempts)), default=0) + 1
         attempt = cls.at(number, loaded)
         attempt.logs.mkdir(parents=True)
+        control = loaded.run.run_path / "control"
+        control.mkdir(exist_ok=True)
+        for name in ("save", "stop"):  # asked of an attempt that is over
+            (control / name).unlink(missing_ok=True)
         files.write_text(attempt.folder / "run.yaml", _with_origins(loaded))
         return attempt
 

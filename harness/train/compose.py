@@ -124,7 +124,8 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
-        save=saver.save, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
+        save=saver.save, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(),
+        stop_requested=lambda: _asked(run.run_path, "stop"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
     )
     _announce(run, engine, batch, table, length, progress)

@@ -85,6 +85,7 @@ class Trainer:
     answer: Callable[[], list[tuple[str, str]]]
     save: Callable[[Progress, dict[str, float]], None]
     save_requested: Callable[[], bool]
+    stop_requested: Callable[[], bool]
     note: Callable[..., None]
     progress: Progress
 
@@ -151,7 +152,7 @@ class Trainer:
     def _open(self, batch: GlobalBatch, result: StepResult, *, lr: float, seconds: float) -> None:
         """Offer this step's sums to the other ranks."""
         self.agreement.offer(
-            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop), save=self.save_requested(), failed=self.loader.error is not None,
+            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop) or self.stop_requested(), save=self.save_requested(), failed=self.loader.error is not None,
             busy_s=result.busy_s, window_s=result.window_s,
         )
         positions = batch.rows * self.run.data.sequence_length

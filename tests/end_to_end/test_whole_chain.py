@@ -115,6 +115,31 @@ def test_stop_request_saves_and_says_resume_me(run_file, tmp_path):
     assert done.code == 0 and f"Resuming from step-{saved[-1]:06d}" in done.output, done.output
 
 
+def test_a_touched_file_asks_for_a_checkpoint_and_for_a_stop(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    words = [sys.executable, "-m", "harness", "launch", str(run_file), "train.steps=4000", "checkpoint.every_steps=null", "evaluation.every_steps=null"]
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def until(there) -> None:
+        deadline = time.monotonic() + 120
+        while not there():
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def saves() -> list[int]:
+        return [event["step"] for event in ledger.read(run_dir) if event["kind"] == "save"]
+
+    until(lambda: 2 in losses(run_dir))
+    (run_dir / "control" / "save").touch()
+    until(saves)
+    seen = len(losses(run_dir))
+    until(lambda: len(losses(run_dir)) > seen + 1)
+    assert not list((run_dir / "control").iterdir()), "the request was taken"
+    (run_dir / "control" / "stop").touch()
+    assert child.wait(timeout=60) == 75 and read_outcome(run_dir).state == "stopped"
+    assert len(saves()) == 2
+
+
 @pytest.mark.slow
 def test_exports_from_two_and_from_four_stages_agree(run_file, tmp_path):
     """After equal steps from equal weights, and each gives in plain transformers the loss that its run reported."""
