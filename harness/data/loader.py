@@ -237,19 +237,24 @@ class TrainLoader:
         return ids[place : place + count], int(trained[place + count] - trained[place])
 
 
-def eval_batches(table: RowTable, *, dp_rank: int, dp_size: int, micro_batch: int, errors: list[HarnessError]) -> Iterator[Batch]:
-    """Every row of a set once over all ranks, padded with empty rows so that all ranks get equally many batches.
+def eval_batches(
+    table: RowTable, *, dp_rank: int, dp_size: int, micro_batch: int, errors: list[HarnessError], num_rows: int | None = None
+) -> Iterator[Batch]:
+    """Every row of a set, or the first `num_rows`, once over all ranks, padded with empty rows so that all ranks get equally many batches.
 
     Rows that cannot be read are put into `errors`, and empty ones stand for them until all ranks know it.
     """
     reader, portion = TokenReader(table), micro_batch * dp_size
-    for first in range(0, table.num_rows, portion):
+    num_rows = table.num_rows if num_rows is None else min(num_rows, table.num_rows)
+    for first in range(0, num_rows, portion):
         begin = first + dp_rank * micro_batch
         numbers = np.arange(begin, begin + micro_batch, dtype=np.int64)
-        there = numbers < table.num_rows
+        there = numbers < num_rows
         ids = np.full(micro_batch, EMPTY, np.int64)
-        if not errors:
+        if not errors and there.any():
             ids[there] = table.ids(numbers[there])
+            if table.store.is_remote:
+                table.prefetch(iter(range(int(ids[0]) >> SHIFT, table.num_shards)), count=AHEAD)
         try:
             yield reader.batch(ids, first_row=begin)
         except HarnessError as error:
