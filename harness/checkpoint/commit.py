@@ -9,14 +9,17 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed
+from harness.checkpoint import certificate
 from harness.errors import Failure
 from harness.files import digest_file, sync_folder, write_text
+from harness.formats.certificate import Certificate
 from harness.formats.manifest import (
     Manifest,
     ManifestError,
@@ -36,6 +39,15 @@ MARKER = "latest"
 BYTES_PER_PARAMETER = 12
 _COMMITTED = re.compile(r"step-(\d{6,})$")
 _LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote of a checkpoint: its files, Adam's step count, and the sums of its slices for the certificate."""
+
+    files: list[SliceFile]
+    adam_step: int
+    sums: certificate.Sums
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -63,7 +75,8 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     Args:
         groups: the slices that this rank owns; one group is in memory at a time.
         run_dir: the run's folder, which all ranks share.
-        fields: what the manifest says besides files, versions, world size and Adam's step count.
+        fields: what the manifest says besides files, versions, world size and Adam's step count; of its `certificate`, what is
+            not of the slices.
         attempt: number of this start of the run.
         world: this rank's place.
 
@@ -78,13 +91,10 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     lacking = distributed.broadcast_object(room_problem(run_dir, fields["parameters"], checkpoints=1) if world.is_main else "")
     if lacking:
         raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
-    written, adam_step, problem = _attempt(lambda: _write_groups(aside, groups, world.rank))
-    answers = distributed.gather_objects((written, adam_step, problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(answers) if text]
+    answers = distributed.gather_objects(_attempt(lambda: _write_groups(aside, groups, world.rank)))
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
     if world.is_main and not problems:
-        files = tuple(entry for entries, _, _ in answers for entry in entries)
-        counted = max(step for _, step, _ in answers)
-        _, _, problem = _attempt(lambda: _commit(aside, folder, {"adam_step": counted, **fields}, files, world))
+        _, problem = _attempt(lambda: _commit(aside, folder, fields, [written for written, _ in answers], world))
         problems = [problem] if problem else []
     problems = distributed.broadcast_object(problems)
     if problems:
@@ -117,34 +127,40 @@ def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: i
     return f"{checkpoints - kept} more checkpoints of {format_bytes(one)} need {format_bytes(needed)} in {folder}, where {format_bytes(free)} are free."
 
 
-def _attempt(action: Any) -> tuple[list[SliceFile], int, str]:
+def _attempt(action: Any) -> tuple[Any, str]:
     """Run a part of a save; what goes wrong becomes text, so that all ranks can fail together."""
     try:
-        files, adam_step = action()
+        return action(), ""
     except Exception as error:
-        return [], 0, f"{type(error).__name__}: {error}"
-    return files, adam_step, ""
+        return None, f"{type(error).__name__}: {error}"
 
 
-def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> tuple[list[SliceFile], int]:
+def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> Written:
+    """Write every group to a file; its sums are taken meanwhile."""
     aside.mkdir(parents=True, exist_ok=True)
-    files, adam_step = [], 0
-    for number, group in enumerate(groups):
-        path = aside / f"rank-{rank:05d}-{number:03d}.safetensors"
-        keys = [(kind, part.name, part.length) for kind in group.tensors for part in group.slices]
-        entries = [TensorEntry(f"{kind}/{name}", "F32", (length,)) for kind, name, length in keys]
-        chunks = (group.tensors[kind][name].contiguous().numpy() for kind, name, _ in keys)
-        num_bytes, digest = write_tensors(path, entries, chunks)
-        slices = tuple((part.name, part.offset, part.length) for part in group.slices)
-        files.append(SliceFile(file=path.name, bytes=num_bytes, digest=digest, slices=slices))
-        adam_step = max(adam_step, group.adam_step)
+    files, adam_step, sums = [], 0, {}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for number, group in enumerate(groups):
+            counting = pool.submit(certificate.sums_of_group, group)
+            path = aside / f"rank-{rank:05d}-{number:03d}.safetensors"
+            keys = [(kind, part.name, part.length) for kind in group.tensors for part in group.slices]
+            entries = [TensorEntry(f"{kind}/{name}", "F32", (length,)) for kind, name, length in keys]
+            chunks = (group.tensors[kind][name].contiguous().numpy() for kind, name, _ in keys)
+            num_bytes, digest = write_tensors(path, entries, chunks)
+            slices = tuple((part.name, part.offset, part.length) for part in group.slices)
+            files.append(SliceFile(file=path.name, bytes=num_bytes, digest=digest, slices=slices))
+            adam_step = max(adam_step, group.adam_step)
+            sums = certificate.add([sums, counting.result()])
     sync_folder(aside)
-    return files, adam_step
+    return Written(files, adam_step, sums)
 
 
-def _commit(
-    aside: Path, folder: Path, fields: dict[str, Any], files: tuple[SliceFile, ...], world: World
-) -> tuple[list[SliceFile], int]:
+def _commit(aside: Path, folder: Path, fields: dict[str, Any], written: list[Written], world: World) -> None:
+    files = tuple(entry for part in written for entry in part.files)
+    adam_step = max(part.adam_step for part in written)
+    seals = certificate.seals(certificate.add(part.sums for part in written))
+    certified = Certificate(adam_step=adam_step, tensors=seals, **fields.get("certificate", {}))
+    fields = {"adam_step": adam_step, **fields, "certificate": certified}
     manifest = Manifest(**fields, world_size=world.size, versions=_versions(), files=files)
     problems = coverage_problems(manifest.parameters, files)
     if problems:
@@ -162,7 +178,6 @@ def _commit(
     sync_folder(folder.parent)
     write_text(folder.parent / MARKER, folder.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
-    return [], 0
 
 
 def _versions() -> dict[str, str]:

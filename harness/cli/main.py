@@ -15,6 +15,7 @@ VERBS = {
     "plan": "dry run: the merged configuration, the batch equation, memory, every refusal",
     "launch": "start the ranks of a run and wait for its outcome",
     "train": "one rank of a run: what launchers end in",
+    "verify": "does a run's newest checkpoint hold, and is it what was saved",
     "export": "a Hugging Face folder from a checkpoint",
     "generate": "answer a prompt with an exported folder",
     "data": "which documents a step trained on; when a row was trained",
@@ -33,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     added["plan"].add_argument("--ranks", type=int, help="ranks to plan for; by default launch.ranks or the GPUs of this machine")
     added["launch"].add_argument("--on", choices=["local"], default="local", help="where the ranks run")
     added["launch"].add_argument("--print", action="store_true", dest="print_only", help="show the command instead of running it")
+    added["verify"].add_argument("run_dir", metavar="RUN_DIR")
+    added["verify"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400; by default the newest")
     added["export"].add_argument("run_dir", metavar="RUN_DIR")
     added["export"].add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
     added["export"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400, or best; by default the newest")

@@ -12,6 +12,7 @@ from harness.config.schema import RunFile
 from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import shard_and_row
 from harness.data.plans import wanted
+from harness.data.rows import RowTable
 from harness.data.sets import open_data, open_table
 from harness.errors import HarnessError, Refused
 
@@ -56,6 +57,18 @@ class TrainedRow:
     row: int
     trained_tokens: int
     pieces: list[Piece]
+
+
+def origins(table: RowTable | MixedTable, row_id: int) -> list[tuple[str, int]]:
+    """File, and row in it from 1, of each document of a row."""
+    number, row = (int(value) for value in shard_and_row(np.asarray(row_id)))
+    shard = table.shard(number)
+    file = shard.entry.file("records.npy")
+    records = np.load(shard.store.hold(wanted(file)))
+    starts = shard.plan.pieces[shard.plan.starts[row] : shard.plan.starts[row + 1], 0]
+    documents = np.searchsorted(shard.offsets, starts, side="right") - 1
+    shard.store.release(file.name)
+    return [(name, place + 1) for name, place in (shard.entry.origin(int(records[document])) for document in documents)]
 
 
 class Provenance:

@@ -85,6 +85,10 @@ class CommonEngine(ABC):
         """Put back what `loss_scale` gave."""
         loss_scale.restore_loss_scale(self.deepspeed, state)
 
+    def hyper_parameters(self) -> dict[str, dict[str, Any]]:
+        """Each parameter of which this rank holds a part -> learning rate, decay, betas and epsilon that it is updated with."""
+        return slices.hyper_parameters(self.deepspeed, self.parameter_names())
+
     def named_slices(self) -> Iterator[slices.SliceGroup]:
         """The slices of master weights and moments that this rank owns, a bounded group at a time."""
         return slices.named_slices(self.deepspeed, self.parameter_names())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -61,6 +62,11 @@ class Holding:
 
     def __init__(self, base: torch.optim.Optimizer, tensor: torch.Tensor, pieces: list[Piece]):
         self.base, self.tensor, self.pieces = base, tensor, pieces
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group of the base optimizer that the tensor is updated with."""
+        return next(group for group in self.base.param_groups if any(held is self.tensor for held in group["params"]))
 
     @contextmanager
     def open(self, *, write: bool) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,9 @@ from harness.errors import Failure, Refused
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "load_slices", "named_slices"]
+__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "hyper_parameters", "load_slices", "named_slices"]
 
+HYPER = ("lr", "weight_decay", "betas", "eps")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUP_ELEMENTS = 1 << 25
 """Elements of each kind that a group holds at most, one slice more than that aside: 384 MiB of state."""
@@ -72,6 +73,16 @@ def load_slices(engine: DeepSpeedEngine, names: dict[int, str], read: Read, *, s
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def hyper_parameters(engine: DeepSpeedEngine, names: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """Each parameter of which this rank holds a part -> the hyper-parameters that it is updated with.
+
+    Raises:
+        Failure, Refused: as `named_slices`.
+    """
+    holdings = _family(engine, names).holdings
+    return {piece.slice.name: {key: holding.group[key] for key in HYPER} for holding in holdings for piece in holding.pieces}
 
 
 def _family(engine: DeepSpeedEngine, names: dict[int, str]) -> Family:

@@ -18,6 +18,7 @@ _NAMES = (
     "fp16_partitioned_groups_flat",
     "optimizer",
     "persistent_parameters",
+    "sub_group_to_group_id",
     "_get_param_partition_rank",
     "_swappable_optimizer_subgroup",
     "_optimizer_states_and_gradient_swap_in",
@@ -38,6 +39,11 @@ class SubGroup(Holding):
         )
         self.optimizer, self.index = optimizer, index
         self.swapped = bool(optimizer._swappable_optimizer_subgroup(index))
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """DeepSpeed puts a sub-group into the optimizer's group only while it is updated."""
+        return self.optimizer.param_groups[self.optimizer.sub_group_to_group_id[self.index]]
 
     @contextmanager
     def open(self, *, write: bool) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.files import digest_text, write_text
+from harness.formats.certificate import Certificate
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -75,6 +76,7 @@ class Manifest(_Part):
     state: dict[str, Any] = Field(
         default_factory=dict, description="The progress of the run, the best evaluation among it."
     )
+    certificate: Certificate | None = Field(default=None, description="What a resume must find again; older checkpoints have none.")
     files: tuple[SliceFile, ...] = ()
 
 

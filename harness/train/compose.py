@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from harness.config.schema import RunFile
 from harness.data.loader import TrainLoader, eval_batches
 from harness.data.mixture import MixedTable
 from harness.data.rows import RowTable
+from harness.data.provenance import origins
 from harness.data.sets import RunData, open_data
 from harness.errors import HarnessError, Refused
 from harness.formats import ledger
@@ -27,6 +29,7 @@ from harness.resilience.agreement import Agreement
 from harness.resilience.signals import StopFlag
 from harness.telemetry.recorder import Recorder
 from harness.train.attempt import Attempt
+from harness.train.certify import Witness
 from harness.train.changes import Changes
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Progress, Trainer
@@ -117,19 +120,23 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         micro_batch=batch.micro_batch, global_rows=batch.rows, start=progress.rows, total_rows=length.total_rows, first_row=progress.first_row,
         pinned=use_gpu,
     )
-    saver = Saver(run, engine, attempt, table.fingerprint, world, recorder, ds_config)
+    schedule = build_schedule(run, steps=length.steps, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows)
+    witness = Witness(run, engine, data, grid, batch.rows)
+    saver = Saver(run, engine, attempt, witness, world, recorder, ds_config)
     trainer = Trainer(
-        run=run, engine=engine, loader=loader,
-        schedule=build_schedule(run, steps=length.steps, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows),
+        run=run, engine=engine, loader=loader, schedule=schedule,
         total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
         save=saver.save, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(),
-        stop_requested=lambda: _asked(run.run_path, "stop"), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
+        stop_requested=lambda: _asked(run.run_path, "stop"),
+        quarantine=lambda step, first, last: _quarantine(run, step, first - progress.first_row, last - progress.first_row), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
     )
     _announce(run, engine, batch, table, length, progress)
     try:
+        if found:
+            witness.check(found, progress, order=loader.order, schedule=schedule)
         whole = distributed.broadcast_object(data.is_whole)
         if progress.step == 0 and run.evaluation.at_start and not whole:
             say("The evaluation before the first step is left out: the validation set is still being prepared.")
@@ -222,6 +229,20 @@ def _note(run_dir: Path, kind: str, **facts: Any) -> None:
         ledger.append(run_dir, kind, **facts)
 
 
+def _quarantine(run: RunFile, step: int, first: int, last: int) -> str:
+    """Write which documents a step was trained on; the tables of the loader's thread are left alone."""
+    path = run.run_path / "quarantine.jsonl"
+    if distributed.rank() == 0:
+        data = open_data(run)
+        ids = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards).rows(first, last - first)
+        with open(path, "a", encoding="utf-8") as lines:
+            for place, row_id in enumerate(ids.tolist()):
+                documents = [{"file": file, "row": row} for file, row in origins(data.train, row_id)]
+                lines.write(json.dumps({"step": step, "position": first + place, "documents": documents}, ensure_ascii=False) + "\n")
+        data.close()
+    return str(path)
+
+
 def _asked(run_dir: Path, what: str) -> bool:
     request = run_dir / "control" / what
     if distributed.rank() == 0 and request.exists():
@@ -243,9 +264,9 @@ def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable |
 class Saver:
     """Commits checkpoints and keeps the ones that are to be kept."""
 
-    def __init__(self, run: RunFile, engine: Any, attempt: Attempt, data_fingerprint: str, world: World, recorder: Recorder, ds_config: dict[str, Any]):
+    def __init__(self, run: RunFile, engine: Any, attempt: Attempt, witness: Witness, world: World, recorder: Recorder, ds_config: dict[str, Any]):
         self.run, self.engine, self.attempt, self.world, self.recorder = run, engine, attempt, world, recorder
-        self.data_fingerprint, self.ds_config = data_fingerprint, ds_config
+        self.witness, self.ds_config = witness, ds_config
         self.saved_at = time.monotonic()
 
     def is_due(self) -> bool:
@@ -259,7 +280,7 @@ class Saver:
         fields = {
             "step": progress.step,
             "rows_consumed": progress.rows,
-            "data_fingerprint": self.data_fingerprint,
+            "data_fingerprint": self.witness.data.train.fingerprint,
             "run_file": self.run.model_dump(mode="json"),
             "engine": self.engine.name,
             "pipeline_stages": self.run.engine.pipeline_stages,
@@ -271,6 +292,7 @@ class Saver:
             "loss_scale": self.engine.loss_scale(),
             "metrics": metrics,
             "state": progress.state(),
+            "certificate": self.witness.facts(progress),
         }
         folder = commit.save(self.engine.named_slices(), run_dir=self.run.run_path, fields=fields, attempt=self.attempt.number, world=self.world)
         seconds = time.perf_counter() - started

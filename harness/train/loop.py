@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import RunFile
-from harness.errors import StopRequested
+from harness.errors import AnomalyStop, StopRequested
 from harness.log import say
 from harness.resilience.agreement import Agreement, fail_together
 from harness.resilience.signals import StopFlag
+from harness.resilience.spikes import SpikeWatch
 from harness.train.evaluate import Evaluation
 from harness.train.schedule import Schedule
 
@@ -66,6 +67,7 @@ class OpenStep:
     seconds: float
     data_wait_seconds: float
     positions: int
+    first_row: int
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Trainer:
     save: Callable[[Progress, dict[str, float]], None]
     save_requested: Callable[[], bool]
     stop_requested: Callable[[], bool]
+    quarantine: Callable[[int, int, int], str]
     note: Callable[..., None]
     progress: Progress
 
@@ -131,6 +134,10 @@ class Trainer:
     def _evaluated_now(self) -> bool:
         return self._evaluated_at == self.progress.step
 
+    def __post_init__(self) -> None:
+        self._watch = SpikeWatch(self.run.train.spike_zscore)
+
+    _skipped: int = 0
     _evaluated_at: int = -1
     _pending: OpenStep | None = None
 
@@ -156,13 +163,15 @@ class Trainer:
             busy_s=result.busy_s, window_s=result.window_s,
         )
         positions = batch.rows * self.run.data.sequence_length
-        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions)
+        first = self.progress.rows - batch.rows
+        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions, first)
 
     def _settle(self) -> set[str]:
         """Collect the sums of the step before, record it, and say what the ranks agreed to do.
 
         Raises:
             Failure: on all ranks, when one of them had no rows for that step, before anything of it is recorded or saved.
+            AnomalyStop: on all ranks, when its loss was a spike, or the last of too many that were not finite, and that is to stop the run.
         """
         agreed, step = self.agreement.collect(), self._pending
         self._pending = None
@@ -187,7 +196,24 @@ class Trainer:
         if agreed.idle_share is not None:
             metrics["speed/pipeline_idle_share"] = agreed.idle_share
         self.recorder.step(step.step, metrics, rows=step.rows)
+        self._judge(step, metrics["train/loss"])
         return {name for name in ("stop", "save") if getattr(agreed, name)}
+
+    def _judge(self, step: OpenStep, loss: float) -> None:
+        """Say that a step stands out, keep its documents, and stop where that is asked for."""
+        settings = self.run.train
+        self._skipped = 0 if step.result.applied else self._skipped + 1
+        if self._skipped >= settings.max_skipped_steps:
+            raise AnomalyStop(f"The gradient was not finite in {self._skipped} steps in a row, up to step {step.step}; none of them was applied.")
+        score = self._watch.judge(loss) if settings.spikes != "ignore" else None
+        if score is None:
+            return
+        told = f"step {step.step}: the loss {loss:.4f} is {score:.0f} standard deviations above its recent past"
+        place = self.quarantine(step.step, step.first_row, step.rows)
+        self.note("anomaly", step=step.step, reason=told, loss=loss, zscore=round(score, 1))
+        if settings.spikes == "stop":
+            raise AnomalyStop(f"{told[0].upper()}{told[1:]}. Its documents are in {place}; the last checkpoint stands.")
+        say(f"{told}; its documents are in {place}")
 
     def _evaluate(self) -> Evaluation:
         """Evaluate, answer the fixed prompts, and keep count of the best."""

@@ -10,7 +10,7 @@ import torch
 
 from harness.checkpoint import commit
 from harness.engine.holdings import Slice, SliceGroup
-from harness.formats.manifest import KINDS, SliceFile
+from harness.formats.manifest import KINDS
 from harness.world import World
 
 SHAPES = {"wte.weight": (7, 5), "h.weight": (4, 4), "h.bias": (4,), "scale": ()}
@@ -75,8 +75,6 @@ def save_as_ranks(
     """Commit a checkpoint as `ranks` ranks would have written it."""
     folder = commit.checkpoints_folder(run_dir) / commit.folder_name(step)
     aside = folder.with_name(f"{folder.name}.tmp-1")
-    files: list[SliceFile] = []
-    for rank in range(ranks):
-        files += commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank)[0]
-    commit._commit(aside, folder, {"adam_step": 9, **fields(step, shapes, **others)}, tuple(files), World(size=ranks))
+    written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
+    commit._commit(aside, folder, fields(step, shapes, **others), written, World(size=ranks))
     return folder

@@ -62,6 +62,8 @@ def test_training_begins_on_the_first_window_and_goes_on_as_if_all_had_been_ther
     background.wait_for(lambda: growing.is_whole, tmp_path / "data")
     whole = RowTable.build(tmp_path / "data" / "train", PACKING)
     assert growing.fingerprint == whole.fingerprint and growing.num_rows == whole.num_rows
+    orders = [RowTable.order(table, seed=0, window_shards=2).rows(0, 60) for table in (growing, whole)]
+    assert np.array_equal(*orders), "a certificate's order, from the index alone"
     for got, expected in zip([*first, *rest], batches(whole, 42), strict=True):
         assert np.array_equal(got.micro_batches[0].tokens, expected.micro_batches[0].tokens)
         assert got.trained_tokens == expected.trained_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import subprocess
@@ -138,6 +139,23 @@ def test_a_touched_file_asks_for_a_checkpoint_and_for_a_stop(run_file, tmp_path)
     (run_dir / "control" / "stop").touch()
     assert child.wait(timeout=60) == 75 and read_outcome(run_dir).state == "stopped"
     assert len(saves()) == 2
+
+
+def test_a_spike_stops_the_run_and_leaves_its_documents(run_file, tmp_path):
+    """At a threshold that the noise of batches passes: all ranks end with code 3, and what the step trained on is kept."""
+    ended = harness("launch", run_file, "train.steps=200", "optimizer.lr=1e-6", "train.spikes=stop", "train.spike_zscore=0.6", "evaluation.every_steps=null",
+                    "checkpoint.every_steps=10", "engine.deepspeed=zero1")
+    outcome, run_dir = read_outcome(tmp_path / "run"), tmp_path / "run"
+    assert ended.code == 3 and outcome.state == "anomaly" and "Traceback" not in ended.output, ended.output
+    step = max(losses(run_dir))
+    assert f"Step {step}: the loss" in ended.output and step > 20
+    kept = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [step] * 4 and [line["position"] for line in kept] == list(range(4 * (step - 1), 4 * step))
+    shown = harness("data", "show", tmp_path / "data" / "train", "--step", step, "--run", run_dir)
+    rows = {document["row"] for line in kept for document in line["documents"]}
+    assert shown.code == 0 and all(f"pairs.jsonl:{row} " in shown.output for row in rows), shown.output
+    saved = [event["step"] for event in ledger.read(run_dir) if event["kind"] == "save"]
+    assert saved[-1] == step // 10 * 10 if step % 10 else saved[-1] < step, "nothing of the step was saved"
 
 
 @pytest.mark.slow
