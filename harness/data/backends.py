@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 FAST, ORACLE = "fastokens", "tokenizers"
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 2048
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 1024
 PROBES = (
     "", " ", "  two  spaces ", "\n\n\t tabs\r\nand returns\r", "It's we'll I'M they'd",
     "1234567890 3.14159 1,000,000 ２０２４ ½", "naïve café Ångström ﬁ ǅ e\u0301 İ",
