@@ -46,15 +46,6 @@ def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def sync_file(path: Path) -> None:
-    """Make the bytes of a file that another library wrote durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def digest_file(path: Path) -> str:
     """BLAKE2b-128 of a file's bytes, as hex; reads 4 MiB at a time."""
     state = hashlib.blake2b(digest_size=16)

@@ -148,16 +148,14 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-class ShardSetIndex(BaseModel):
-    """A shard set.
+class _Known(BaseModel):
+    """What is known of a set before its shards are made.
 
     Attributes:
         fingerprint: of source, tokenizer, template, options and tokenizer backend.
         vocab_size: largest token id that the tokenizer can give, plus one.
         template: how examples became text, as `Template.to_dict` wrote it.
         tokenizer: files of the folder `../tokenizer`.
-        columns: of `shards`.
-        audit: counts by cause.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -170,6 +168,16 @@ class ShardSetIndex(BaseModel):
     pad_token_id: int
     template: dict[str, Any]
     tokenizer: list[ShardFile]
+
+
+class ShardSetIndex(_Known):
+    """A shard set.
+
+    Attributes:
+        columns: of `shards`.
+        audit: counts by cause.
+    """
+
     columns: dict[str, Any]
     audit: dict[str, Any]
 
@@ -179,19 +187,9 @@ class ShardSetIndex(BaseModel):
         return Shards(self.columns)
 
 
-class Draft(BaseModel):
-    """What is known of a set before its shards are made; the fields are those of its index."""
+class Draft(_Known):
+    """A set whose shards are being made, and how many there will be."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: int = VERSION
-    fingerprint: str
-    backend: str
-    vocab_size: int
-    eos_token_id: int
-    pad_token_id: int
-    template: dict[str, Any]
-    tokenizer: list[ShardFile]
     num_shards: int
 
     def index(self, entries: list[ShardEntry], audit: dict[str, Any]) -> ShardSetIndex:
