@@ -16,7 +16,8 @@ from harness.telemetry.read import read_metrics
 from harness.testing.server import Server, serving
 from tests.data.conftest import make_run, write_pairs
 from tests.end_to_end.conftest import harness
-from tests.end_to_end.test_whole_chain import _kill_after, losses
+from tests.end_to_end.faults import losses
+from tests.end_to_end.test_whole_chain import _kill_after
 
 pytest.importorskip("aiohttp", reason="fsspec reads http:// through aiohttp")
 GIB = 1 << 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
@@ -19,14 +18,7 @@ from harness.formats import ledger
 from harness.formats.outcome import read_outcome
 from harness.telemetry.read import read_metrics
 from tests.end_to_end.conftest import QUESTIONS, harness
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line}
-
-
-def evaluations(run_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["eval/loss"] for line in read_metrics(run_dir) if "eval/loss" in line}
+from tests.end_to_end.faults import evaluations, losses, running
 
 
 def reference_loss(folder: Path, run_file: Path) -> float:
@@ -66,18 +58,10 @@ def test_learned_by_heart(run_file, tmp_path):
 
 def _kill_after(run_file: Path, run_dir: Path, step: int, number: int, *overrides: str) -> int:
     """Start a run and send every rank a signal once `step` has been recorded; returns the launcher's code."""
-    child = subprocess.Popen([sys.executable, "-m", "harness", "launch", str(run_file), *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while step not in losses(run_dir) and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.05)
-    if number == signal.SIGKILL:
-        for process in psutil.Process(child.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "harness" in (words := process.cmdline()) and "deepspeed.launcher.launch" not in words:
-                    process.kill()
-    else:
-        child.send_signal(number)
-    return child.wait(timeout=120)
+    with running(run_file, run_dir, *overrides) as it:
+        it.until(lambda: step in losses(run_dir), timeout_s=200)
+        it.kill() if number == signal.SIGKILL else it.strike(number)
+        return it.end()
 
 
 RESUMES = [

@@ -1,0 +1,141 @@
+"""A run that something happens to: start it, wait for a moment, strike, let it end, go on, and hold it against the undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from harness.formats import ledger
+from harness.formats.outcome import Outcome, read_outcome
+from harness.telemetry.read import read_metrics
+
+POLL_S = 0.02
+RANK = ["-m", "harness", "train"]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step, as it stands after resumes."""
+    return {line["step"]: line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line}
+
+
+def evaluations(run_dir: Path) -> dict[int, float]:
+    """Evaluation loss by step."""
+    return {line["step"]: line["eval/loss"] for line in read_metrics(run_dir) if "eval/loss" in line}
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    """Events of one kind in the run's ledger."""
+    return [event for event in ledger.read(run_dir) if event["kind"] == kind]
+
+
+def said(run_dir: Path) -> str:
+    """What all ranks of all attempts have logged."""
+    return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("attempts/*/logs/*")) if path.is_file())
+
+
+@dataclass
+class Running:
+    """A `harness launch` under way.
+
+    Attributes:
+        child: the launcher.
+        run_dir: of the run.
+        told: file of what it prints.
+    """
+
+    child: subprocess.Popen[bytes]
+    run_dir: Path
+    told: Path
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.told.read_text(errors="replace")
+
+    def until(self, there: Callable[[], object], *, timeout_s: float = 120.0) -> None:
+        """Wait for a moment; a run that ends before it comes fails the test."""
+        deadline = time.monotonic() + timeout_s
+        while not there():
+            assert self.child.poll() is None, f"it ended with {self.child.returncode} before the moment came:\n{self.output}"
+            assert time.monotonic() < deadline, f"the moment did not come in {timeout_s:g} s:\n{self.output}"
+            time.sleep(POLL_S)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, by rank; not DeepSpeed's launchers, nor a rank's own children."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.child.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    words = process.cmdline()
+                    if any(words[place : place + 3] == RANK for place in range(len(words))):
+                        found[process.pid] = process
+        return [process for process in found.values() if process.ppid() not in found]
+
+    def strike(self, number: int, *, ranks: list[int] | None = None) -> None:
+        """A signal to ranks, by their place; to the launcher, which passes requests on, when none are named."""
+        if ranks is None:
+            self.child.send_signal(number)
+            return
+        there = self.ranks()
+        for place in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                there[place].send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9 of every rank."""
+        self.strike(signal.SIGKILL, ranks=list(range(len(self.ranks()))))
+
+    def end(self, *, timeout_s: float = 120.0) -> int:
+        """Wait for the launcher and give its code; no rank may be left."""
+        code = self.child.wait(timeout=timeout_s)
+        left = [process for process in psutil.process_iter(["cmdline"]) if str(self.run_dir) in (process.info["cmdline"] or [])]
+        assert not left, left
+        return code
+
+    def outcome(self) -> Outcome:
+        """What it left behind."""
+        found = read_outcome(self.run_dir)
+        assert found is not None, self.output
+        return found
+
+
+@contextmanager
+def running(run_file: Path, run_dir: Path, *words: object) -> Iterator[Running]:
+    """`harness launch RUN_FILE WORDS run_dir=RUN_DIR`, ended by force if the test does not end it."""
+    told = run_dir.with_name(f"{run_dir.name}.told")
+    with open(told, "ab") as stream:
+        command = [sys.executable, "-m", "harness", "launch", str(run_file), *map(str, words), f"run_dir={run_dir}"]
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    started = Running(child, run_dir, told)
+    try:
+        yield started
+    finally:
+        if child.poll() is None:
+            started.kill()
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=60)
+
+
+def launched(run_file: Path, run_dir: Path, *words: object, code: int = 0, timeout_s: float = 400.0) -> str:
+    """A launch from start to end, which must answer with `code`; gives what it printed."""
+    with running(run_file, run_dir, *words) as it:
+        before = len(it.output) if it.told.exists() else 0
+        found = it.child.wait(timeout=timeout_s)
+        assert found == code, it.output[before:]
+    return it.output
+
+
+def assert_same(run_dir: Path, reference: Path) -> None:
+    """The same losses and the same evaluations, bit for bit, at the same steps."""
+    assert losses(run_dir) == losses(reference)
+    assert evaluations(run_dir) == evaluations(reference)
