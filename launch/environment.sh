@@ -56,6 +56,25 @@ harness_mpi() { # mpirun, under which several machines prepare data together; re
   return 1
 }
 
+harness_cluster() { # hosts on this machine, on which launches and checks of several hosts are tested; returns 1 where they cannot be had
+  local program missing=() policy=/usr/sbin/policy-rc.d status=0
+  for program in sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh; do
+    PATH="$PATH:/usr/sbin:/sbin" command -v "${program%%:*}" >/dev/null 2>&1 || missing+=("${program#*:}")
+  done
+  if [ ${#missing[@]} = 0 ]; then return 0; fi
+  if [ "$(id -u)" = 0 ] && [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" # Debian's switch: installing a server does not start it
+  else
+    policy=
+  fi
+  harness_apt "${missing[@]}" || status=1
+  if [ -n "$policy" ]; then rm -f "$policy"; fi
+  if [ "$status" != 0 ]; then
+    echo "Several hosts cannot be tried on this machine, which takes root and ${missing[*]} (Debian: apt-get install ${missing[*]})." >&2
+  fi
+  return "$status"
+}
+
 harness_step() { # LOG LABEL COMMAND ...: runs it quietly, tells the seconds as they pass, and the end of its log if it fails
   local log=$1 label=$2 status=0 ticker
   shift 2

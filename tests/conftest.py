@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.launch import operators
+from tests.cluster.hosts import hosts  # noqa: F401 (a fixture)
 
 os.environ.update(operators.environment())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
