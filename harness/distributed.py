@@ -134,6 +134,18 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "gloo/transport", "remote process exited")
+"""What gloo, NCCL and the store say, in any case of letters, when a peer or the way to it is gone."""
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an exception means that another rank is gone, rather than that this one did something wrong."""
+    if size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in text for words in _LOST)
+
+
 def shutdown() -> None:
     """Leave together: scripts that end right after a collective die of an exception in a thread now and then."""
     if is_initialized():

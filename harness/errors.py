@@ -5,7 +5,8 @@ HarnessError
 ├── Refused          2   the user can mend it: what was set, where, which rule it breaks, what to change
 ├── AnomalyStop      3   training was stopped because its numbers went wrong
 ├── CheckFailed      4   a check that was asked for did not hold
-└── StopRequested   75   stopped on request; the run can be resumed
+├── StopRequested   75   stopped on request; the run can be resumed
+└── PeerLost        75   another rank is gone; the run can be resumed
 """
 
 from __future__ import annotations
@@ -74,3 +75,10 @@ class StopRequested(HarnessError):
 
     exit_code = EXIT_RESUME_ME
     state = "stopped"
+
+
+class PeerLost(HarnessError):
+    """Another rank, or the way to it, is gone in the middle of a collective; the run can be resumed."""
+
+    exit_code = EXIT_RESUME_ME
+    state = "lost"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from harness.world import World
@@ -47,7 +49,16 @@ def say(text: str) -> None:
     LOGGER.info(text)
 
 
+def say_traceback() -> None:
+    """The traceback of the exception at hand: into this rank's log file and on stderr, which may be dead."""
+    text = traceback.format_exc()
+    LOGGER.error("%s", text.rstrip(), extra={"on_terminal": False})
+    with suppress(OSError, ValueError):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def _terminal() -> logging.Handler:
     handler = SafeStream(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: getattr(record, "on_terminal", True))
     return handler

@@ -138,9 +138,9 @@ def _train(job: Job) -> None:
         print(f"already done: {loaded.run.run_dir} (remove the folder to train again)")
         return
     plan = local.plan(loaded, run_file=str(job.run_file), overrides=job.overrides)
-    code = local.run(plan)
-    if code:
-        raise Failure(f"Training in {loaded.run.run_dir} ended with code {code}; its logs are in {loaded.run.run_dir}/attempts/.")
+    ended = local.run(plan)
+    if ended.code:
+        raise Failure(f"Training in {loaded.run.run_dir} ended with code {ended.code}; its logs are in {loaded.run.run_dir}/attempts/.")
 
 
 def _export(loaded: Loaded, to: Path) -> None:

@@ -6,12 +6,12 @@ import argparse
 import os
 import signal
 import time
-import traceback
 
 from harness import world as worlds
 from harness.config.load import Loaded, load
-from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, StopRequested
-from harness.log import say
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, PeerLost, StopRequested
+from harness.heartbeat import mark, spent
+from harness.log import say, say_traceback
 from harness.world import World
 
 PATIENCE_S = 30.0
@@ -64,11 +64,21 @@ def _train(loaded: Loaded, world: World) -> int:
         _leave(loaded, world, attempt, state=error.state, code=error.exit_code, reason=str(error))
         raise
     except BaseException as error:
-        traceback.print_exc()
+        say_traceback()
+        if _is_peer_lost(error):
+            reason = f"Another rank is gone, or the way to it: {error}"
+            _leave(loaded, world, attempt, state=PeerLost.state, code=PeerLost.exit_code, reason=reason)
+            return PeerLost.exit_code
         _leave(loaded, world, attempt, state="failed", code=EXIT_FAILURE, reason=f"{type(error).__name__}: {error}")
         return EXIT_FAILURE
     _leave(loaded, world, attempt, state="done", code=EXIT_DONE, reason=f"evaluation loss {evaluation.loss:.4f}")
     return EXIT_DONE
+
+
+def _is_peer_lost(error: BaseException) -> bool:
+    from harness import distributed
+
+    return distributed.is_peer_lost(error)
 
 
 def _preflight(loaded: Loaded, world: World, use_gpu: bool) -> None:
@@ -100,11 +110,18 @@ def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: i
     from harness import distributed
     from harness.formats import ledger, outcome
 
-    if world.is_main and os.path.isdir(loaded.run.run_dir):
+    mark("end")
+    if os.path.isdir(loaded.run.run_dir):
         number = getattr(attempt, "number", 0)
         last_step = outcome.last_step(loaded.run.run_path)
-        outcome.write_outcome(loaded.run.run_path, outcome.Outcome(state=state, code=code, reason=reason, step=last_step, attempt=number))
-        ledger.append(loaded.run.run_path, "finish" if code == EXIT_DONE else "stop", attempt=number, state=state, code=code, reason=reason, step=last_step)
+        end = outcome.Outcome(state=state, code=code, reason=reason, step=last_step, attempt=number)
+        outcome.write_end(loaded.run.run_path, world.rank, end)
+        if world.is_main:
+            outcome.write_outcome(loaded.run.run_path, end)
+            ledger.append(
+                loaded.run.run_path, "finish" if code == EXIT_DONE else "stop", attempt=number, state=state, code=code, reason=reason,
+                step=last_step, phases=spent(),
+            )
     if state in ("done", "stopped"):
         distributed.shutdown()
     else:

@@ -199,6 +199,10 @@ class Launch(Section):
     """What a launcher needs to know."""
 
     ranks: Positive | None = free(None, description="Ranks that must meet; another number is refused.")
+    restarts: Annotated[int, Field(ge=0)] = free(3, description="Starts after a rank was lost or failed, in a row, without a new checkpoint.")
+    silence_seconds: Annotated[float, Field(gt=0)] | None = free(
+        None, description="A rank that shows no sign of life for so long ends the run; by default learned from its pace, at least a minute."
+    )
 
 
 class RunFile(Section):

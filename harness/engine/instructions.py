@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness import distributed
+from harness.heartbeat import mark
 
 
 @dataclass
@@ -75,15 +76,22 @@ def take_over(engine: Any, clock: Clock, before_forward: Callable[[], None]) -> 
     stock = dict(type(engine)._INSTRUCTION_MAP)
 
     def forward(self: Any, **kwargs: Any) -> None:
+        mark("forward")
         before_forward()
         clock.work(lambda: stock[schedule.ForwardPass](self, **kwargs))
 
     def backward(self: Any, **kwargs: Any) -> None:
+        mark("backward")
         clock.work(lambda: stock[schedule.BackwardPass](self, **kwargs))
         self.pipe_buffers["outputs"][kwargs["buffer_id"]] = None  # DeepSpeed keeps the last stage's logits until the buffer's next turn
 
+    def step(self: Any, **kwargs: Any) -> None:
+        mark("step")
+        stock[schedule.OptimizerStep](self, **kwargs)
+
     engine._INSTRUCTION_MAP = stock | {
         schedule.ForwardPass: forward, schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_tied_gradients,
+        schedule.OptimizerStep: step,
     }
 
 

@@ -21,6 +21,7 @@ from harness.engine.instructions import Clock, take_over
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.errors import Refused
+from harness.heartbeat import mark
 from harness.model.attention import use_attention
 from harness.model.build import DTYPES, decay_groups, enable_activation_checkpointing
 from harness.model.measure import time_costs
@@ -138,6 +139,7 @@ class PipelineEngine(CommonEngine):
         self._tokens = max(batch.trained_tokens, 1)
         self._sums.zero_()
         self._seeds = [(step, micro.first_row) for micro in reversed(batch.micro_batches)]
+        mark("forward", step)
         self.clock.start()
         self.deepspeed.train_batch(iter([self._item(micro) for micro in batch.micro_batches]))
         busy = self.clock.busy_s()
@@ -177,6 +179,7 @@ class PipelineEngine(CommonEngine):
         self.deepspeed.reset_activation_shape()
         remaining = iter(batches)
         while portion := list(islice(remaining, EVALUATED_TOGETHER)):
+            mark("evaluate")
             items = iter([self._item(batch) for batch in portion])
             self.deepspeed.eval_batch(items, reduce_output=None, bcast_loss=False, num_micro_batches=len(portion))
         self.deepspeed.reset_activation_shape()
@@ -205,6 +208,7 @@ class PipelineEngine(CommonEngine):
         return answers
 
     def _next_token(self, ids: list[int]) -> int:
+        mark("generate")
         grid, shape = self.grid, (1, len(ids), self.config.get_text_config().hidden_size)
         positions = torch.arange(len(ids), device=self.device)[None]
         if grid.is_first:

@@ -16,6 +16,7 @@ from harness.engine.holdings import parameter_names
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.errors import Refused
+from harness.heartbeat import mark
 from harness.log import say
 from harness.model.apart import FLEX_PIECE, PIECE, influence, refuse_crossing, worst
 from harness.model.attention import use_attention
@@ -110,6 +111,7 @@ class ZeroEngine(CommonEngine):
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for micro in batch.micro_batches:
+            mark("forward", step)
             seed_micro_batch(self.run.train.seed, step=step, first_row=micro.first_row)
             output = self._forward(micro, tokens=tokens)
             loss, aux = output.loss, getattr(output, "aux_loss", None)
@@ -119,7 +121,9 @@ class ZeroEngine(CommonEngine):
                 loss = loss - (1.0 - share) * self._aux_coefficient * aux
             else:
                 loss_sum += loss.detach().double() * tokens
+            mark("backward")
             self.deepspeed.backward(loss * ranks, scale_wrt_gas=False)
+            mark("step")
             self.deepspeed.step()
         return StepResult(loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied())
 
@@ -136,6 +140,7 @@ class ZeroEngine(CommonEngine):
         self.deepspeed.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in batches:
+            mark("evaluate")
             sums += self._eval_sums(batch)
         return sums
 
@@ -162,6 +167,7 @@ class ZeroEngine(CommonEngine):
         self.deepspeed.eval()
         answers = []
         for prompt in prompts:
+            mark("generate")
             ids = torch.tensor([prompt], dtype=torch.int64, device=self.device)
             output = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,

@@ -18,7 +18,7 @@ class Outcome:
     """The end of an attempt.
 
     Attributes:
-        state: done, failed, refused, anomaly, check failed or stopped.
+        state: done, failed, refused, anomaly, check failed, stopped, or lost: a rank, or what started it, is gone.
         code: exit code of every rank.
         reason: one message.
         step: optimizer steps done by then.
@@ -44,6 +44,36 @@ def read_outcome(run_dir: Path) -> Outcome | None:
     """The outcome of the last attempt, or None when there is none."""
     path = run_dir / NAME
     return Outcome(**files.read_json(path)) if path.is_file() else None
+
+
+def newest_attempt(run_dir: Path) -> tuple[int, Path | None]:
+    """Number and folder of the newest attempt; 0 and None when there is none."""
+    numbered = [(int(path.name), path) for path in (run_dir / "attempts").glob("[0-9]*") if path.name.isdigit()]
+    return max(numbered, default=(0, None))
+
+
+def write_end(run_dir: Path, rank: int, outcome: Outcome) -> None:
+    """Leave how one rank ended beside its log, for its starter."""
+    _, folder = newest_attempt(run_dir)
+    if folder is not None:
+        (folder / "logs").mkdir(exist_ok=True)
+        files.write_json(folder / "logs" / f"rank-{rank:05d}.end.json", asdict(outcome))
+
+
+def read_end(run_dir: Path, rank: int, *, since: float) -> Outcome | None:
+    """How one rank of the newest attempt ended, if it could still say so.
+
+    Args:
+        run_dir: folder of the run.
+        rank: the rank.
+        since: an older one, in seconds since the epoch, is another attempt's.
+    """
+    _, folder = newest_attempt(run_dir)
+    path = folder / "logs" / f"rank-{rank:05d}.end.json" if folder else None
+    if path is None or not path.is_file():
+        return None
+    end = Outcome(**files.read_json(path))
+    return end if end.time >= since else None
 
 
 def last_step(run_dir: Path) -> int:

@@ -1,9 +1,10 @@
-"""A run on this machine: the `deepspeed` command as a value, and a start that passes on what it is asked."""
+"""A run on this machine: the node starter's command as a value, and a start that waits until every process of it is gone."""
 
 from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -15,17 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from harness.config.load import Loaded
 from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME, Refused
-from harness.formats.outcome import read_outcome
-from harness.launch.operators import environment, num_gpus
+from harness.formats.outcome import Outcome, newest_attempt, read_outcome
+from harness.launch.operators import num_gpus
+from harness.launch.starter import HELD, REQUESTS
 
 __all__ = ["LaunchPlan", "free_port", "num_gpus", "plan", "render", "run"]
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-LINGER_S = 5.0
-GRACE_S = 60.0
+LEASH_S = 90.0
+"""How long ranks may outlive a starter that was killed: they stop by themselves within a minute, after a save."""
 FIRST_PORT = 20000
 
 
@@ -47,25 +46,14 @@ class LaunchPlan:
 
 
 def plan(loaded: Loaded, *, run_file: str, overrides: list[str]) -> LaunchPlan:
-    """The `deepspeed` command for this machine: as many ranks as the run file asks for, else as there are GPUs.
-
-    Raises:
-        Refused: CUDA_VISIBLE_DEVICES names GPUs in a way that DeepSpeed's launcher cannot read.
-    """
+    """The node starter's command for this machine: as many ranks as the run file asks for, else as there are GPUs."""
     gpus = 0 if loaded.run.engine.device == "cpu" else num_gpus()
     ranks = loaded.run.launch.ranks or max(1, gpus)
-    command = render(
-        ranks=ranks, port=free_port(), run_file=run_file, overrides=overrides, gpu_ids=_visible_gpus() if gpus else ()
-    )
-    values = environment(ranks=ranks)
-    if not gpus:
-        values["DS_ACCELERATOR"] = "cpu"
-    return LaunchPlan(command, ranks, loaded.run.run_path, values)
+    command = render(ranks=ranks, port=free_port(), run_file=run_file, overrides=overrides)
+    return LaunchPlan(command, ranks, loaded.run.run_path, {} if gpus else {"DS_ACCELERATOR": "cpu"})
 
 
-def render(
-    *, ranks: int, port: int, run_file: str, overrides: Sequence[str], gpu_ids: Sequence[int] = ()
-) -> tuple[str, ...]:
+def render(*, ranks: int, port: int, run_file: str, overrides: Sequence[str]) -> tuple[str, ...]:
     """The words of the command.
 
     Args:
@@ -73,52 +61,35 @@ def render(
         port: where they meet.
         run_file: path of the run file.
         overrides: `key.path=value` words.
-        gpu_ids: those that may be used, where CUDA_VISIBLE_DEVICES restricts them: `--num_gpus` would ignore it and start at 0.
     """
-    script = Path(sys.prefix) / "bin" / "deepspeed"
-    program = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    where = ["--include", f"localhost:{','.join(map(str, gpu_ids[:ranks]))}"] if gpu_ids else ["--num_gpus", str(ranks)]
-    return (
-        *program,
-        *where,
-        "--master_port",
-        str(port),
-        "--no_local_rank",
-        "--log_level",  # of its launchers alone: what a rank has to say, it says itself
-        "error",
-        "--module",
-        "harness",
-        "train",
-        run_file,
-        *overrides,
-    )
+    return (sys.executable, "-m", "harness.launch.node", "--slots", str(ranks), "--master", f"127.0.0.1:{port}", run_file, *overrides)
 
 
-def run(plan: LaunchPlan) -> int:
-    """Start the ranks, wait until all are gone, and answer with the outcome's code, else with the launcher's.
-
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed to every rank at once, never to DeepSpeed's launchers, which would not wait.
-    """
-    job = _Job()
-    started = time.time()
+def run(plan: LaunchPlan) -> Outcome:
+    """Start the command, pass on what is asked, wait until all its processes are gone, and say how it ended."""
+    job, started = _Job(), time.time()
     with job.listening():
-        child = job.start(plan)
-        code = child.wait()
-        job.reap()
+        code = job.start(plan).wait()
+        job.wait_for_all()
     outcome = read_outcome(plan.run_dir)
     if outcome is not None and outcome.time >= started:
-        return outcome.code
-    if job.asked:
-        return EXIT_RESUME_ME  # stopped before a rank could listen: nothing was trained that a resume would lack
-    return code if code > 0 else EXIT_FAILURE  # DeepSpeed's runner answers 0 when its launcher is killed
+        return outcome
+    attempt, _ = newest_attempt(plan.run_dir)
+    if job.asked:  # before a rank could listen: nothing was trained that a resume would lack
+        return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before training began.", 0, attempt)
+    return Outcome("failed", code if code > 0 else EXIT_FAILURE, f"The node starter ended with code {code}.", 0, attempt)
 
 
 class _Job:
-    """The processes of one launch: a session of their own, so that no terminal signals them behind our back."""
+    """The processes of one launch: in sessions of their own, so that no terminal signals them behind our back.
+
+    All of them hold the writing end of a pipe open; when its reading end comes to its end, the last of them is gone, however it died.
+    """
 
     def __init__(self) -> None:
-        self.leader = 0
         self.asked = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipe = -1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -132,81 +103,43 @@ class _Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(self._pipe)
 
     def start(self, plan: LaunchPlan) -> subprocess.Popen[bytes]:
         """Start the command; a request that came before it is carried out now."""
-        child = subprocess.Popen(plan.command, env=os.environ | plan.environment, start_new_session=True)
-        self.leader = child.pid
+        self._pipe, held = os.pipe()
+        environment = os.environ | plan.environment | {HELD: str(held)}
+        try:
+            self._child = subprocess.Popen(plan.command, env=environment, start_new_session=True, pass_fds=(held,))
+        finally:
+            os.close(held)
         if self.asked:
-            self._send(signal.SIGTERM)
-        return child
+            self._child.send_signal(signal.SIGTERM)
+        return self._child
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if self.leader:
-            self._send(number)
+        if self._child is not None:
+            self._child.send_signal(number)
 
-    def _send(self, number: int) -> None:
-        """To all ranks at once; where none exists yet, end the launchers, which have nothing to lose."""
-        members = self.members()
-        ranks = _ranks(members)
-        for process in ranks or members:
-            with suppress(psutil.Error):
-                process.send_signal(number if ranks and number != signal.SIGHUP else signal.SIGTERM)
-
-    def members(self) -> list[psutil.Process]:
-        """Every living process of the session, those whose parent is gone included."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.leader and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
-
-    def reap(self) -> None:
-        """Wait for processes that outlived their launcher: ask them to stop and save, in the end kill them."""
-        if self._gone_within(LINGER_S):
+    def wait_for_all(self) -> None:
+        """Wait for processes that outlived their starter; in the end kill them."""
+        if select.select([self._pipe], [], [], LEASH_S)[0]:
             return
-        self._send(signal.SIGTERM)
-        if not self._gone_within(GRACE_S):
-            for process in self.members():
-                with suppress(psutil.Error):
-                    process.kill()
-
-    def _gone_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while self.members():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+        for pid in _holders(os.fstat(self._pipe).st_ino):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        select.select([self._pipe], [], [])
 
 
-def _ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that run `-m harness train`: not DeepSpeed's launchers, which carry some of these words, nor a rank's children."""
-    found = {}
-    for process in processes:
-        try:
-            words = process.cmdline()
-            if any(words[i : i + 3] == ["-m", "harness", "train"] for i in range(len(words))):
-                found[process.pid] = (process, process.ppid())
-        except psutil.Error:
-            continue
-    return [process for process, parent in found.values() if parent not in found]
-
-
-def _visible_gpus() -> tuple[int, ...]:
-    """The ids in CUDA_VISIBLE_DEVICES; none when it is not set."""
-    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    if not all(name.isdecimal() for name in names):
-        raise Refused(
-            f"CUDA_VISIBLE_DEVICES={','.join(names)} does not name GPUs by number, and DeepSpeed's launcher reads nothing else.",
-            where="the environment",
-            remedy="Give their numbers (nvidia-smi -L lists them), such as CUDA_VISIBLE_DEVICES=0,1.",
-        )
-    return tuple(int(name) for name in names)
+def _holders(inode: int) -> list[int]:
+    """Other processes that hold an end of a pipe."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(path) == f"pipe:[{inode}]":
+                found.add(int(path.parts[2]))
+    return sorted(found - {os.getpid()})
 
 
 def free_port() -> int:

@@ -23,9 +23,11 @@ from harness.data.sets import RunData, open_data
 from harness.errors import HarnessError, Refused
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
+from harness.heartbeat import began, mark
 from harness.log import say
 from harness.model.configure import load_config, load_tokenizer
 from harness.resilience.agreement import Agreement
+from harness.resilience.guard import Guard, show_stacks_on_request
 from harness.resilience.signals import StopFlag
 from harness.telemetry.recorder import Recorder
 from harness.train.attempt import Attempt
@@ -87,12 +89,16 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         the last evaluation.
     """
     run = loaded.run
+    mark("meet")
     device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=run.engine.timeout_minutes)
     number = distributed.broadcast_object(attempt.number if attempt else 0)
     attempt = attempt or Attempt.at(number, loaded)
     log.setup(world, attempt.logs)
+    show_stacks_on_request(attempt.logs / f"stacks-{world.rank:05d}.txt")
     stop = StopFlag()
     stop.install()
+    Guard(stop).start()
+    mark("build")
     config = load_config(loaded)
     data = open_data(run)
     table, template = data.train, data.template
@@ -106,9 +112,10 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         attempt.write_deepspeed(ds_config)
     found = _newest_checkpoint(run.run_path)
     changes = Changes.since(run, data, found)
-    _note(run.run_path, "start", attempt=number, ranks=world.size, host=world.host, rows=table.fingerprint, first_row=changes.first_row(found))
+    _note(run.run_path, "start", attempt=number, began=began(), ranks=world.size, host=world.host, rows=table.fingerprint, first_row=changes.first_row(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     _check_room(run, engine)
+    mark("load")
     progress = _resume(engine, found, run)
     changes.accept(progress)
     rows_per_epoch = table.num_rows if table.is_whole else 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import RunFile
 from harness.errors import AnomalyStop, StopRequested
+from harness.heartbeat import mark, spent
 from harness.log import say
 from harness.resilience.agreement import Agreement, fail_together
 from harness.resilience.signals import StopFlag
@@ -103,9 +104,11 @@ class Trainer:
         """
         last = None
         clock = time.perf_counter()
+        mark("data")
         for batch in self.loader:
             lr = self.schedule.lr(self.progress.step + 1)
             result = self.engine.train_step(batch, step=self.progress.step + 1, lr=lr)
+            mark("reduce")
             asked = self._settle()
             self._advance(batch, result)
             now = time.perf_counter()
@@ -117,12 +120,14 @@ class Trainer:
             out_of_patience = self._out_of_patience()
             if asked or at_end or out_of_patience or self._due(self.run.checkpoint.every_steps) or self._is_new_best(last):
                 asked |= self._settle()
+                mark("save")
                 self.save(self.progress, last.metrics() if last and self._evaluated_now else {})
             if "stop" in asked:
                 raise StopRequested(f"Stopped on request after step {self.progress.step}; start the same command again to go on.")
             if at_end or out_of_patience:
                 break
             clock = time.perf_counter() if self._evaluated_now else now
+            mark("data")
         assert last is not None, "a run has at least one step"
         return last
 
@@ -138,6 +143,7 @@ class Trainer:
         self._watch = SpikeWatch(self.run.train.spike_zscore)
 
     _skipped: int = 0
+    _is_running: bool = False
     _evaluated_at: int = -1
     _pending: OpenStep | None = None
 
@@ -196,6 +202,9 @@ class Trainer:
         if agreed.idle_share is not None:
             metrics["speed/pipeline_idle_share"] = agreed.idle_share
         self.recorder.step(step.step, metrics, rows=step.rows)
+        if not self._is_running:
+            self._is_running = True
+            self.note("running", step=step.step, phases=spent())
         self._judge(step, metrics["train/loss"])
         return {name for name in ("stop", "save") if getattr(agreed, name)}
 

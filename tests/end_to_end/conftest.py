@@ -66,7 +66,7 @@ def run_file(tmp_path, pairs) -> Path:
         "engine": {"deepspeed": "zero3_offload_cpu", "device": "cpu"},
         "evaluation": {"every_steps": 4},
         "checkpoint": {"every_steps": 4},
-        "launch": {"ranks": 2},
+        "launch": {"ranks": 2, "restarts": 0},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))

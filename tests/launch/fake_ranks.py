@@ -1,50 +1,70 @@
-"""Stand-ins for what `harness launch` starts: ranks that do what a test asks, and a launcher like DeepSpeed's that signals nobody."""
+"""Stand-ins for ranks that do what a test asks, under the real node starter."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+from harness.launch.local import LaunchPlan
+
 RANK = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-run_dir, manner = Path(sys.argv[2]), sys.argv[3]
-rank = os.environ["RANK"]
+from harness import heartbeat
+from harness.formats import outcome
+run_dir, manner = Path(sys.argv[1]), sys.argv[2]
+rank = int(os.environ["RANK"])
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(number))
-facts = {"pid": os.getpid(), "port": os.environ["MASTER_PORT"], "world": os.environ["WORLD_SIZE"]}
+if manner == "child":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)  # " + str(run_dir)], start_new_session=True)
+facts = {"pid": os.getpid(), "parent": os.getppid(), "port": os.environ["MASTER_PORT"], "world": os.environ["WORLD_SIZE"], "local": os.environ["LOCAL_RANK"]}
 (run_dir / f"up-{rank}").write_text(json.dumps(facts))
+def step(number):
+    for phase in ("data", "forward", "backward", "reduce", "step"):
+        heartbeat.mark(phase, number)
+    time.sleep(0.02)
+number = 0
+while manner in ("work", "hang", "ignore") and (not asked or manner == "ignore"):
+    number += 1
+    step(number)
+    if manner == "hang" and rank == 1 and number == 30:
+        heartbeat.mark("backward")
+        time.sleep(1000)
 if manner == "work":
-    while not asked:
-        time.sleep(0.02)
     (run_dir / f"asked-{rank}").write_text(str(time.time()))
     time.sleep(0.5)
-code = {"work": 75, "refuse": 2, "done": 0, "crash": 9}[manner]
-if rank == "0" and manner != "crash":
-    outcome = {"state": "x", "code": code, "reason": "", "step": 1, "attempt": 1, "time": time.time(), "version": 1}
-    (run_dir / "outcome.json").write_text(json.dumps(outcome))
+if manner == "one-fails" and rank == 0:
+    time.sleep(1000)
+codes = {"work": 75, "refuse": 2, "done": 0, "child": 0, "crash": 9, "one-fails": 1, "segfault": 0}
+if manner == "segfault" and rank == 1:
+    os.kill(os.getpid(), signal.SIGSEGV)
+if rank == 0 and manner not in ("crash", "segfault"):
+    state = {"work": "stopped", "refuse": "refused"}.get(manner, "done")
+    outcome.write_outcome(run_dir, outcome.Outcome(state, codes[manner], "told", 1, 1))
+if manner == "one-fails":
+    outcome.write_end(run_dir, rank, outcome.Outcome("failed", 1, "ValueError: of rank 1", 1, 1))
 time.sleep(0.2)
-sys.exit(code)
+sys.exit(codes[manner])
 """
 
-LAUNCHER = """
-import os, subprocess, sys, time
-if "--late" in sys.argv:
-    sys.argv.remove("--late")
-    time.sleep(60)
-environment = os.environ | {"WORLD_SIZE": "2", "MASTER_PORT": "0"}
-command = [sys.executable, "-u", "-m", "harness", "train", *sys.argv[1:]]
-ranks = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
-codes = [rank.wait() for rank in ranks]
-sys.exit(max(codes) % 256)
+STARTER = """
+import sys, time
+from pathlib import Path
+from harness.launch import starter, verdict
+folder, manner, silence = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+starter.LINGER_S = 1.0
+node = starter.Node((str(folder), manner), (2,), port=12345, silence_s=silence)
+started = time.time()
+ended = starter.Starter(node, folder, command=(sys.executable, str(folder / "rank.py"))).run()
+sys.exit(verdict.settle(ended, folder, started=started, host="here", writes=True))
 """
 
 
-def write(folder: Path) -> Path:
-    """Put a package `harness` that is a rank, and a launcher, into `folder`; gives the launcher."""
-    package = folder / "harness"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(RANK)
-    (folder / "launcher.py").write_text(LAUNCHER)
-    return folder / "launcher.py"
+def plan(folder: Path, manner: str, *, silence_s: float = 60.0) -> LaunchPlan:
+    """A plan for two ranks that behave in a manner: work, hang, ignore, refuse, done, child, crash, one-fails, segfault."""
+    (folder / "rank.py").write_text(RANK)
+    (folder / "starter.py").write_text(STARTER)
+    (folder / "attempts" / "0001" / "logs").mkdir(parents=True, exist_ok=True)
+    return LaunchPlan((sys.executable, str(folder / "starter.py"), str(folder), manner, str(silence_s)), 2, folder)

@@ -1,0 +1,248 @@
+"""The ranks of one host, started, signalled, watched and reaped as one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from harness import above
+from harness.errors import EXIT_DONE, EXIT_RESUME_ME
+from harness.formats.outcome import newest_attempt
+from harness.heartbeat import Board
+from harness.launch import stacks
+from harness.launch.silence import Silent, SilenceWatch
+from harness.launch.verdict import End, Ended
+from harness.log import say
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+POLL_S = 0.1
+LOOK_S = 1.0
+LINGER_S = 5.0
+"""How long ranks may outlive one that ended badly: they find out by themselves and say so, or wait for it in vain."""
+GRACE_S = 60.0
+"""How long ranks may outlive one that ended well or on request; then they are asked, and after as long again killed."""
+STRAYS_S = 2.0
+"""How long what ranks leave behind may tidy up, such as the semaphores of a pool of processes."""
+KILL_AFTER_REQUESTS = 3
+HELD = "HARNESS_HELD"
+"""Names a descriptor that every process of the job holds open: what reads its other end knows when all are gone."""
+_SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of prctl(2)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One host of a job, and what runs there.
+
+    Attributes:
+        words: of the run: run file and overrides.
+        slots: ranks of every host of the job, in order.
+        node: which of them this is.
+        master: where the ranks meet.
+        port: there.
+        environment: variables that every rank needs, besides those of this process.
+        silence_s: longest silence of a rank; None learns it.
+    """
+
+    words: tuple[str, ...]
+    slots: tuple[int, ...] = (1,)
+    node: int = 0
+    master: str = "127.0.0.1"
+    port: int = 29500
+    environment: dict[str, str] = field(default_factory=dict)
+    silence_s: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of this host."""
+        return self.slots[self.node]
+
+    @property
+    def first_rank(self) -> int:
+        """The first of this host."""
+        return sum(self.slots[: self.node])
+
+    def variables(self, local_rank: int) -> dict[str, str]:
+        """What a rank knows of its place, in the names that torch and DeepSpeed read."""
+        return self.environment | {
+            "RANK": str(self.first_rank + local_rank), "WORLD_SIZE": str(sum(self.slots)), "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks), "CROSS_RANK": str(self.node), "CROSS_SIZE": str(len(self.slots)),
+            "MASTER_ADDR": self.master, "MASTER_PORT": str(self.port),
+        }
+
+
+class Starter:
+    """Starts the ranks of a host and stays until all are gone. It reaps every child, so it needs a process of its own.
+
+    Args:
+        node: the host's part of the job.
+        run_dir: folder of the run.
+        command: of a rank; by default `harness train` with the words of the run.
+    """
+
+    def __init__(self, node: Node, run_dir: Path, command: Sequence[str] = ()):
+        self.node, self.run_dir = node, run_dir
+        self.command = [*(command or (sys.executable, "-u", "-m", "harness", "train")), *node.words]
+        self.host = socket.gethostname()
+        self.requests = 0
+        self.ranks: dict[int, subprocess.Popen[bytes]] = {}
+        self.first: End | None = None
+        self._board = Board(node.ranks)
+        self._watch = SilenceWatch(node.silence_s)
+        self._ended_at_s = 0.0
+        self._asked_to_end = False
+        self._above = above.launchers()
+
+    def run(self) -> Ended:
+        """Start, watch and reap; SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed to all ranks at once."""
+        _prctl(_SUBREAPER, 1)
+        with self._listening():
+            self._start()
+            looked_s = time.monotonic()
+            while self.ranks:
+                self._reap()
+                if self.ranks and time.monotonic() - looked_s >= LOOK_S:
+                    looked_s = time.monotonic()
+                    self._look()
+                self._hurry()
+                time.sleep(POLL_S)
+            self._end_strays()
+        self._board.close()
+        return Ended(self.requests > 0, self.first)
+
+    def _start(self) -> None:
+        held = int(os.environ.get(HELD, "-1"))
+        descriptors = [self._board.descriptor, *([held] if held >= 0 else [])]
+        for local_rank in range(self.node.ranks):
+            variables = os.environ | self.node.variables(local_rank) | self._board.variable(local_rank)
+            self.ranks[local_rank] = subprocess.Popen(
+                self.command, env=variables, start_new_session=True, pass_fds=descriptors, preexec_fn=_end_with_parent
+            )
+        if self.requests:
+            self._signal(signal.SIGTERM)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Take over the requests; a hangup stays ignored where it was (nohup)."""
+        before = {number: signal.getsignal(number) for number in REQUESTS}
+        for number, handler in before.items():
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.requests += 1
+        again = self.requests >= KILL_AFTER_REQUESTS
+        self._signal(signal.SIGKILL if again else signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def _signal(self, number: int) -> None:
+        for child in list(self.ranks.values()):
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, number)
+
+    def _reap(self) -> None:
+        """Collect every process that has ended: ranks, and orphans that came to this one."""
+        places = {child.pid: local_rank for local_rank, child in self.ranks.items()}
+        while (ended := _ended_child()) is not None:
+            pid, code = ended
+            if pid in places:
+                self._note(places[pid], code)
+
+    def _note(self, local_rank: int, code: int) -> None:
+        child = self.ranks.pop(local_rank)
+        child.returncode = code
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGTERM)  # what a rank leaves behind works for nobody
+        self._ended_at_s = self._ended_at_s or time.monotonic()
+        if code != EXIT_DONE and self.first is None:
+            self.first = End(self.node.first_rank + local_rank, code, self._board.beat(local_rank))
+            if self.first.is_foreign and not self.requests:
+                say(self.first.reason(self.host))
+
+    def _look(self) -> None:
+        """Find a launcher that is gone, and a rank that is silent."""
+        if not self.requests and (gone := [one for one in self._above if one.is_gone]):
+            say(f"{gone[0].name} (process {gone[0].pid}), which started this, is gone; stopping.")
+            self._pass_on(signal.SIGTERM, None)
+        if self.first is not None:
+            return
+        places = sorted(self.ranks)
+        stopped = [stacks.state(self.ranks[place].pid) in ("T", "t") for place in places]
+        silent = self._watch.judge([self._board.beat(place) for place in places], stopped, now_s=time.monotonic())
+        if silent is not None:
+            self._end_silent(places[silent.local_rank], silent)
+
+    def _end_silent(self, local_rank: int, silent: Silent) -> None:
+        """Show where all ranks stand, then end them: one that stands still hears nothing else."""
+        self.first = End(self.node.first_rank + local_rank, -signal.SIGKILL, silent.beat, silent)
+        say(self.first.reason(self.host))
+        pid = self.ranks[local_rank].pid
+        stacks.ask([child.pid for child in self.ranks.values()])
+        if (attempt := newest_attempt(self.run_dir)[1]) is not None:
+            path = attempt / "logs" / f"stacks-{self.first.rank:05d}-kernel.txt"
+            with suppress(OSError):
+                path.write_text(f"{self.first.reason(self.host)}\n{stacks.of_kernel(pid)}\n", encoding="utf-8")
+                say(f"Where the ranks stood: {path.parent}/stacks-*.txt")
+        self._signal(signal.SIGKILL)
+
+    def _hurry(self) -> None:
+        """End ranks that outlive the first: after a moment for their last words, or after a save if all is well."""
+        if not self.ranks or not self._ended_at_s:
+            return
+        waited_s, first = time.monotonic() - self._ended_at_s, self.first
+        if first is None or first.code == EXIT_RESUME_ME:
+            if waited_s > GRACE_S and not self._asked_to_end:
+                self._asked_to_end = True
+                self._signal(signal.SIGTERM)
+            if waited_s > 2 * GRACE_S:
+                self._signal(signal.SIGKILL)
+        elif waited_s > LINGER_S or (first.rank == 0 and not first.is_foreign):
+            self._signal(signal.SIGKILL)  # after rank 0 the others have nothing to say
+
+    def _end_strays(self) -> None:
+        """Children that ranks left have become ours."""
+        deadline = time.monotonic() + STRAYS_S
+        while _children() and time.monotonic() < deadline:
+            self._reap()
+            time.sleep(POLL_S)
+        for pid in _children():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._reap()
+
+
+def _ended_child() -> tuple[int, int] | None:
+    """A child that has ended, with its exit code, or minus the signal that killed it."""
+    with suppress(ChildProcessError):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            return pid, os.waitstatus_to_exitcode(status)
+    return None
+
+
+def _children() -> list[int]:
+    return [child.pid for child in psutil.Process().children()]
+
+
+def _prctl(what: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(what, value, 0, 0, 0)
+
+
+def _end_with_parent() -> None:
+    """In a rank, before it begins: SIGTERM when the starter dies, however it dies."""
+    _prctl(_PARENT_DEATH, signal.SIGTERM)

@@ -1,0 +1,112 @@
+"""How a job ended, put together from what its ranks wrote and from what their starter saw."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
+from harness.formats import ledger, outcome
+from harness.formats.outcome import Outcome
+from harness.heartbeat import Beat
+from harness.launch.silence import Silent
+
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
+SETTLED = ("done", "stopped", "refused", "anomaly", "check failed")
+"""What rank 0 says of all ranks together; anything else may be the echo of what befell another."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How the first rank ended that did not end well.
+
+    Attributes:
+        rank: over all hosts.
+        code: its exit code; negative: the signal that killed it.
+        beat: its last mark.
+        silent: it was ended for its silence.
+    """
+
+    rank: int
+    code: int
+    beat: Beat
+    silent: Silent | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the rank itself had no say in it, so that no rank can have told why."""
+        return self.silent is not None or self.code < 0
+
+    def exit_code(self) -> int:
+        """Of the job: what happened to a rank is a reason to resume, what it did is not."""
+        if self.silent is not None or (self.code < 0 and -self.code not in CRASHES):
+            return EXIT_RESUME_ME
+        return self.code if self.code > 0 else EXIT_FAILURE
+
+    def reason(self, host: str) -> str:
+        """One sentence."""
+        where = f"in phase {self.beat.phase} of step {self.beat.step}" if self.beat.step else f"in phase {self.beat.phase}"
+        if self.silent is not None:
+            how = "stood still (stopped)" if self.silent.stopped else "was silent"
+            return f"Rank {self.rank} on {host} {how} for {self.silent.seconds:.0f} s {where}; the bound is {self.silent.bound_s:.0f} s."
+        if self.code < 0:
+            return f"Rank {self.rank} on {host} was ended by {signal.Signals(-self.code).name} {where}."
+        return f"Rank {self.rank} on {host} ended with code {self.code} {where}."
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks of a host ended.
+
+    Attributes:
+        asked: they were asked to stop.
+        first: the first that ended badly, if any.
+    """
+
+    asked: bool
+    first: End | None
+
+
+def settle(ended: Ended, run_dir: Path, *, started: float, host: str, writes: bool) -> int:
+    """The exit code of a job; what no rank could write of its end is written now.
+
+    Args:
+        ended: what the starter saw.
+        run_dir: folder of the run.
+        started: when the ranks were started, in seconds since the epoch.
+        host: for messages.
+        writes: whether this host speaks for the job.
+    """
+    told = outcome.read_outcome(run_dir)
+    told = told if told is not None and told.time >= started else None
+    final = judge(ended, told, host=host, last_words=lambda rank: outcome.read_end(run_dir, rank, since=started))
+    if writes and final is not told and run_dir.is_dir():
+        final = replace(final, step=outcome.last_step(run_dir), attempt=outcome.newest_attempt(run_dir)[0])
+        outcome.write_outcome(run_dir, final)
+        ledger.append(run_dir, "stop", attempt=final.attempt, state=final.state, code=final.code, reason=final.reason, step=final.step)
+    return final.code
+
+
+def judge(ended: Ended, told: Outcome | None, *, host: str, last_words: Callable[[int], Outcome | None]) -> Outcome:
+    """The outcome of a job; step and attempt are those of `told`, or 0.
+
+    Args:
+        ended: what the starter saw.
+        told: what rank 0 wrote, if anything.
+        host: for messages.
+        last_words: what a rank wrote of its own end, if anything.
+    """
+    first = ended.first
+    if told is not None and told.state in SETTLED:
+        return told
+    if first is not None and first.code > 0 and first.code != EXIT_RESUME_ME:
+        by_rank_0 = told if first.rank == 0 else None
+        return by_rank_0 or last_words(first.rank) or Outcome("failed", first.exit_code(), first.reason(host), 0, 0)
+    if ended.asked:  # before a rank could listen, or killed on request: nothing was trained that a resume would lack
+        return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before the ranks could say more.", 0, 0)
+    if first is not None and (first.is_foreign or told is None):
+        code = first.exit_code()
+        return Outcome("lost" if code == EXIT_RESUME_ME else "failed", code, first.reason(host), 0, 0)
+    return told or Outcome("failed", EXIT_FAILURE, "All ranks ended well, but none left an outcome.", 0, 0)

@@ -1,0 +1,152 @@
+"""The node starter with real processes: what happens to signals, to the ranks that remain, and which outcome comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.formats.outcome import Outcome, read_outcome, write_outcome
+from harness.launch import local, stacks
+from tests.launch import fake_ranks
+
+
+def when(condition, then) -> threading.Thread:
+    """Do something as soon as a condition holds, beside what the test does."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def ups(folder: Path) -> list[dict]:
+    """What the ranks wrote about themselves, by rank, once both did."""
+    paths = [folder / f"up-{rank}" for rank in range(2)]
+    return [json.loads(path.read_text()) for path in paths] if all(path.is_file() and path.stat().st_size for path in paths) else []
+
+
+def all_gone(folder: Path) -> bool:
+    """Whether neither rank nor starter runs, a moment after their files were closed; the machine's first process may leave an orphan a zombie."""
+    pids = [pid for up in ups(folder) for pid in (up["pid"], up["parent"])]
+    deadline = time.monotonic() + 2
+    while (running := [pid for pid in pids if stacks.state(pid) not in ("", "Z")]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not running
+
+
+@pytest.mark.parametrize(("manner", "code", "state"), [("done", 0, "done"), ("refuse", 2, "refused"), ("crash", 9, "failed"), ("segfault", 1, "failed")])
+def test_the_outcome_is_what_the_ranks_told_else_what_the_starter_saw(tmp_path, manner, code, state):
+    ended = local.run(fake_ranks.plan(tmp_path, manner))
+    assert (ended.code, ended.state) == (code, state)
+    assert read_outcome(tmp_path) == ended
+    assert [(up["world"], up["local"], up["port"]) for up in ups(tmp_path)] == [("2", "0", "12345"), ("2", "1", "12345")]
+    assert manner != "segfault" or "Rank 1 on here was ended by SIGSEGV" in ended.reason
+
+
+def test_an_outcome_of_an_earlier_attempt_is_not_believed(tmp_path):
+    write_outcome(tmp_path, Outcome("done", 0, "", 1, 1, time=time.time() - 60))
+    assert local.run(fake_ranks.plan(tmp_path, "crash")).code == 9
+
+
+def test_a_rank_that_fails_alone_is_heard_and_the_other_is_ended(tmp_path):
+    started = time.monotonic()
+    ended = local.run(fake_ranks.plan(tmp_path, "one-fails"))
+    assert (ended.code, ended.reason) == (1, "ValueError: of rank 1")
+    assert time.monotonic() - started < 10 and all_gone(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_reaches_all_ranks_at_once_and_their_save_is_waited_for(tmp_path, number):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background ignore some, which is then respected
+    try:
+        thread = when(lambda: ups(tmp_path), lambda: os.kill(os.getpid(), number))
+        assert local.run(fake_ranks.plan(tmp_path, "work")).code == 75
+        thread.join()
+    finally:
+        signal.signal(number, before)
+    times = [float((tmp_path / f"asked-{rank}").read_text()) for rank in range(2)]
+    assert abs(times[0] - times[1]) < 0.3 and all_gone(tmp_path)
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launch(tmp_path):
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    ended = local.run(fake_ranks.plan(tmp_path, "done"))
+    assert (ended.code, ended.state) in ((75, "stopped"), (0, "done")) and all_gone(tmp_path)
+
+
+def test_a_third_request_kills_ranks_that_do_not_listen(tmp_path):
+    def ask_three_times() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    thread = when(lambda: ups(tmp_path), ask_three_times)
+    assert local.run(fake_ranks.plan(tmp_path, "ignore")).code == 75
+    thread.join()
+    assert all_gone(tmp_path)
+
+
+def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):
+    killed = []
+
+    def kill() -> None:
+        killed.append(time.monotonic())
+        os.kill(ups(tmp_path)[1]["pid"], signal.SIGKILL)
+
+    thread = when(lambda: ups(tmp_path), kill)
+    ended = local.run(fake_ranks.plan(tmp_path, "ignore"))
+    thread.join()
+    assert time.monotonic() - killed[0] < 5 and all_gone(tmp_path)
+    assert (ended.code, ended.state) == (75, "lost") and "Rank 1 on here was ended by SIGKILL" in ended.reason, ended
+
+
+@pytest.mark.parametrize("manner", ["hang", "ignore"])
+def test_a_silent_rank_is_named_with_its_phase_and_all_are_ended(tmp_path, manner):
+    """Asleep in the middle of a backward, or stopped from outside."""
+    thread = when(lambda: ups(tmp_path), lambda: manner == "ignore" and (time.sleep(1), os.kill(ups(tmp_path)[1]["pid"], signal.SIGSTOP)))
+    ended = local.run(fake_ranks.plan(tmp_path, manner, silence_s=2.0))
+    thread.join()
+    assert (ended.code, ended.state) == (75, "lost") and all_gone(tmp_path), ended
+    assert ended.reason.startswith("Rank 1 on here " + ("was silent" if manner == "hang" else "stood still")), ended
+    assert manner == "ignore" or "in phase backward of step 30; the bound is 2 s" in ended.reason
+    kernel = (tmp_path / "attempts" / "0001" / "logs" / "stacks-00001-kernel.txt").read_text()
+    assert "Rank 1 on" in kernel and ("state T" in kernel) == (manner == "ignore")
+
+
+def test_ranks_whose_starter_is_killed_are_asked_and_waited_for(tmp_path):
+    thread = when(lambda: ups(tmp_path), lambda: os.kill(ups(tmp_path)[0]["parent"], signal.SIGKILL))
+    assert local.run(fake_ranks.plan(tmp_path, "work")).code == 75
+    thread.join()
+    assert all_gone(tmp_path)
+
+
+def test_ranks_that_outlive_a_killed_starter_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "LEASH_S", 1.0)
+    thread = when(lambda: ups(tmp_path), lambda: os.kill(ups(tmp_path)[0]["parent"], signal.SIGKILL))
+    assert local.run(fake_ranks.plan(tmp_path, "ignore")).code == 1
+    thread.join()
+    assert all_gone(tmp_path)
+
+
+def test_what_ranks_leave_behind_is_ended(tmp_path):
+    assert local.run(fake_ranks.plan(tmp_path, "child")).code == 0
+    assert not [one for one in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in word for word in one.info["cmdline"] or [])]
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    local.run(fake_ranks.plan(tmp_path, "done"))
+    assert signal.getsignal(signal.SIGTERM) is before
