@@ -34,7 +34,7 @@ def test_plan_refuses_what_train_would_refuse(run_file):
 def test_launch_print_shows_the_command_and_starts_nothing(run_file):
     shown = harness("launch", run_file, "--print", "train.steps=3")
     assert shown.code == 0, shown.output
-    assert "--module harness train" in shown.output and shown.output.rstrip().endswith(f"{run_file} train.steps=3")
+    assert "-m harness.launch.node --slots 2" in shown.output and shown.output.rstrip().endswith(f"{run_file} train.steps=3")
     assert not (run_file.parent / "run").exists()
 
 
