@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from harness.formats.manifest import (
     write_manifest,
 )
 from harness.formats.tensor_file import TensorEntry, write_tensors
+from harness.log import say
 from harness.units import format_bytes
 from harness.world import World
 
@@ -48,6 +49,10 @@ class Written:
     files: list[SliceFile]
     adam_step: int
     sums: certificate.Sums
+
+
+Answer = tuple[Written | None, str]
+"""What a rank wrote, or why it could not."""
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -86,12 +91,35 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     Raises:
         Failure: when a rank could not write, or a parameter would not be stored whole and once.
     """
-    folder = checkpoints_folder(run_dir) / folder_name(fields["step"])
-    aside = folder.with_name(f"{folder.name}.tmp-{attempt}")
+    check_room(run_dir, fields, world)
+    answer = write(groups, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
+    return conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world)
+
+
+def check_room(run_dir: Path, fields: dict[str, Any], world: World) -> None:
+    """Before anything is written. Collective.
+
+    Raises:
+        Failure: on all ranks, when the checkpoint would not fit on the disk.
+    """
     lacking = distributed.broadcast_object(room_problem(run_dir, fields["parameters"], checkpoints=1) if world.is_main else "")
     if lacking:
         raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
-    answers = distributed.gather_objects(_attempt(lambda: _write_groups(aside, groups, world.rank)))
+
+
+def write(groups: Iterable[SliceGroup], *, run_dir: Path, step: int, attempt: int, rank: int) -> Answer:
+    """Write this rank's part of a checkpoint aside. No collective; what goes wrong is part of the answer."""
+    return _attempt(lambda: _write_groups(_aside(run_dir, step, attempt), groups, rank))
+
+
+def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World) -> Path:
+    """Commit what all ranks wrote. Collective; the arguments are those of `save`, and what `write` gave on this rank.
+
+    Raises:
+        Failure: as `save`.
+    """
+    folder, aside = checkpoints_folder(run_dir) / folder_name(fields["step"]), _aside(run_dir, fields["step"], attempt)
+    answers = distributed.gather_objects(answer)
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
     if world.is_main and not problems:
         _, problem = _attempt(lambda: _commit(aside, folder, fields, [written for written, _ in answers], world))
@@ -107,19 +135,28 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     return folder
 
 
+def _aside(run_dir: Path, step: int, attempt: int) -> Path:
+    return checkpoints_folder(run_dir) / f"{folder_name(step)}.tmp-{attempt}"
+
+
+def size_bytes(parameters: Mapping[str, Any]) -> int:
+    """Of one checkpoint, but for its headers: each parameter is stored with both moments, in fp32."""
+    return sum(math.prod(getattr(held, "shape", None) or held["shape"]) for held in parameters.values()) * BYTES_PER_PARAMETER
+
+
 def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: int) -> str:
     """Why so many new checkpoints would not fit on the disk of the run's folder; empty when they do.
 
     Args:
         run_dir: the run's folder.
-        parameters: shape of every parameter; each is stored with both moments, in fp32.
+        parameters: shape of every parameter.
         checkpoints: how many are to be there at once, those that are there already included.
     """
     folder = checkpoints_folder(run_dir)
     there = folder
     while not there.exists():
         there = there.parent
-    one = sum(math.prod(getattr(held, "shape", None) or held["shape"]) for held in parameters.values()) * BYTES_PER_PARAMETER
+    one = size_bytes(parameters)
     kept = min(checkpoints - 1, len(committed(run_dir)))
     needed, free = one * (checkpoints - kept), shutil.disk_usage(there).free
     if needed <= free:
@@ -127,7 +164,7 @@ def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: i
     return f"{checkpoints - kept} more checkpoints of {format_bytes(one)} need {format_bytes(needed)} in {folder}, where {format_bytes(free)} are free."
 
 
-def _attempt(action: Any) -> tuple[Any, str]:
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
     """Run a part of a save; what goes wrong becomes text, so that all ranks can fail together."""
     try:
         return action(), ""
@@ -271,6 +308,8 @@ def _restore_replaced(run_dir: Path) -> None:
 def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_every_steps: int | None = None) -> list[Path]:
     """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank, between saves.
 
+    What cannot be deleted is told and left.
+
     Args:
         run_dir: the run's folder.
         keep_last: how many of the newest stay, at least one.
@@ -284,7 +323,11 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
     for position, (step, folder) in enumerate(committed(run_dir)):
         for_good = keep_every_steps is not None and step % keep_every_steps == 0
         if position >= max(1, keep_last) and step != best_step and not for_good:
-            os.rename(folder, folder.with_name(f"{folder.name}.deleting"))
+            try:
+                os.rename(folder, folder.with_name(f"{folder.name}.deleting"))
+            except OSError as error:
+                say(f"The old checkpoint {folder.name} cannot be deleted: {error}")
+                continue
             gone.append(folder)
     folder = checkpoints_folder(run_dir)
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *_leftovers(run_dir)]:

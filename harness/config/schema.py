@@ -193,6 +193,10 @@ class Checkpoint(Section):
     keep_every_steps: Positive | None = free(None, description="Checkpoints of steps that this divides are kept for good.")
     keep_last: Positive = free(2)
     keep_best: bool = free(True, description="Also keep the checkpoint of the lowest evaluation loss.")
+    asynchronous: bool = free(True, description="Copy the state to host memory and write it while training goes on.")
+    grace_seconds: Annotated[float, Field(gt=0)] | None = free(
+        None, description="Seconds from a stop signal to the kill: a save that would take longer is left out. Without it a save is always made."
+    )
 
 
 class Launch(Section):

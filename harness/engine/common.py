@@ -89,9 +89,13 @@ class CommonEngine(ABC):
         """Each parameter of which this rank holds a part -> learning rate, decay, betas and epsilon that it is updated with."""
         return slices.hyper_parameters(self.deepspeed, self.parameter_names())
 
-    def named_slices(self) -> Iterator[slices.SliceGroup]:
-        """The slices of master weights and moments that this rank owns, a bounded group at a time."""
-        return slices.named_slices(self.deepspeed, self.parameter_names())
+    def named_slices(self, *, to_host: bool = True) -> Iterator[slices.SliceGroup]:
+        """The slices of master weights and moments that this rank owns, a bounded group at a time; see `slices.named_slices`."""
+        return slices.named_slices(self.deepspeed, self.parameter_names(), to_host=to_host)
+
+    def owned_elements(self) -> int:
+        """Elements of the parameters that this rank writes into a checkpoint."""
+        return slices.owned_elements(self.deepspeed, self.parameter_names())
 
     def load_slices(self, read: Callable[[str, str, int, int], torch.Tensor], *, step: int) -> None:
         """Take weights and moments from `read(kind, name, offset, length)`; `step` is Adam's step count."""

@@ -28,7 +28,7 @@ class SliceGroup:
 
     Attributes:
         slices: what the group holds.
-        tensors: kind (`master`, `exp_avg`, `exp_avg_sq`) -> parameter name -> 1-D fp32 CPU tensor of the slice.
+        tensors: kind (`master`, `exp_avg`, `exp_avg_sq`) -> parameter name -> 1-D fp32 CPU tensor of the slice, unless it was asked for where it is.
             They may be views of the optimizer's own memory: use them before asking for the next group.
         adam_step: Adam's step count.
     """

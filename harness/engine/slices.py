@@ -17,7 +17,7 @@ from harness.errors import Failure, Refused
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "hyper_parameters", "load_slices", "named_slices"]
+__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "hyper_parameters", "load_slices", "named_slices", "owned_elements"]
 
 HYPER = ("lr", "weight_decay", "betas", "eps")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,12 +27,13 @@ GROUP_ELEMENTS = 1 << 25
 Read = Callable[[str, str, int, int], torch.Tensor]
 
 
-def named_slices(engine: DeepSpeedEngine, names: dict[int, str]) -> Iterator[SliceGroup]:
+def named_slices(engine: DeepSpeedEngine, names: dict[int, str], *, to_host: bool = True) -> Iterator[SliceGroup]:
     """The slices that this rank is to write, a bounded group at a time; no collective takes part.
 
     Args:
         engine: between two optimizer steps; one that has not stepped yet has moments of zero.
         names: identity of each parameter -> the name that it is stored under.
+        to_host: False gives tensors where they are and in their own type, for a copy that need not be waited for one by one.
 
     Raises:
         Failure: when DeepSpeed's optimizer is not one that this was proved with.
@@ -47,7 +48,18 @@ def named_slices(engine: DeepSpeedEngine, names: dict[int, str]) -> Iterator[Sli
             for holding in window:
                 stack.enter_context(holding.open(write=False))
             for portion in _portions(window):
-                yield _group(portion, step)
+                yield _group(portion, step, to_host=to_host)
+
+
+def owned_elements(engine: DeepSpeedEngine, names: dict[int, str]) -> int:
+    """Elements of the parameters that this rank is to write, each with two moments.
+
+    Raises:
+        Failure, Refused: as `named_slices`.
+    """
+    family = _family(engine, names)
+    pieces = [piece for holding in family.holdings for piece in holding.pieces if not piece.copy]
+    return sum(piece.slice.length for piece in pieces) if family.writes else 0
 
 
 @torch.no_grad()
@@ -152,19 +164,20 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         yield Piece(Slice(whole.name, whole.offset + begin, length, whole.shape), piece.start + begin)
 
 
-def _group(portion: list[tuple[Holding, Piece]], step: int) -> SliceGroup:
+def _group(portion: list[tuple[Holding, Piece]], step: int, *, to_host: bool) -> SliceGroup:
     tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in ("master", *MOMENTS)}
     for holding, piece in portion:
         state = holding.base.state.get(holding.tensor) or {}
         name, length = piece.slice.name, piece.slice.length
-        tensors["master"][name] = _view(holding.tensor, piece)
+        tensors["master"][name] = _view(holding.tensor, piece, to_host)
         for kind in MOMENTS:
-            tensors[kind][name] = _view(state[kind], piece) if kind in state else torch.zeros(length)
+            tensors[kind][name] = _view(state[kind], piece, to_host) if kind in state else torch.zeros(length)
     return SliceGroup([piece.slice for _, piece in portion], tensors, step)
 
 
-def _view(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    return tensor.detach().view(-1).narrow(0, piece.start, piece.slice.length).to("cpu", torch.float32)
+def _view(tensor: torch.Tensor, piece: Piece, to_host: bool) -> torch.Tensor:
+    view = tensor.detach().view(-1).narrow(0, piece.start, piece.slice.length)
+    return view.to("cpu", torch.float32) if to_host else view
 
 
 def _fill(holding: Holding, read: Read, step: int) -> None:

@@ -37,7 +37,8 @@ METRICS: dict[str, Metric] = {
     "speed/pipeline_idle_share": Metric("share", "Part of the step's forwards and backwards in which the mean stage waited for others.", "mean"),
     "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process.", "main"),
     "memory/device_peak_bytes": Metric("bytes", "Highest memory that torch allocated on rank 0's GPU.", "main"),
-    "checkpoint/save_seconds": Metric("s", "Time in which training stood still for a checkpoint.", "main"),
+    "checkpoint/stall_seconds": Metric("s", "Time in which training stood still for the checkpoint of the step.", "main"),
+    "checkpoint/save_seconds": Metric("s", "What the checkpoint took in all: stall_seconds, and writing in the background.", "main"),
 }
 
 

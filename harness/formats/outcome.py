@@ -77,16 +77,21 @@ def read_end(run_dir: Path, rank: int, *, since: float) -> Outcome | None:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step that the metrics of a run hold; 0 when there is none."""
+    """The last step that the metrics of a run's last attempt hold; 0 when there is none. What a checkpoint took is told after later steps."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return 0
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - 8192))
         lines = stream.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return 0
+    entries = [entry for line in lines if (entry := _entry(line))]
+    return max((entry["step"] for entry in entries if entry["attempt"] == entries[-1]["attempt"]), default=0)
+
+
+def _entry(line: bytes) -> dict[str, int] | None:
+    """Attempt and step of a line of the metrics; None where a crash or the reader cut it."""
+    try:
+        content = json.loads(line)
+        return {"attempt": int(content.get("attempt", 0)), "step": int(content["step"])}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

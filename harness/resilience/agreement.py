@@ -14,6 +14,9 @@ from harness.errors import Failure, HarnessError, Refused
 FAILED = 2.0**24
 """What a rank that failed adds to the number of ranks that were asked to stop."""
 
+WRITING = 2.0**24
+"""What a rank that still writes its part of a checkpoint adds to the number of ranks that were asked to save."""
+
 
 def fail_together(error: HarnessError | None) -> NoReturn:
     """End all ranks with the message of the first that failed, so that rank 0 can say it. Collective.
@@ -35,6 +38,7 @@ class Agreed:
         stop: a rank was asked to stop.
         save: a rank was asked to save.
         failed: a rank had no rows for this step, which must be forgotten.
+        writing: a rank still wrote its part of a checkpoint.
         loss_sum: sum of token losses.
         aux_loss: mean of the auxiliary losses.
         finite: every rank's loss was finite.
@@ -44,6 +48,7 @@ class Agreed:
     stop: bool
     save: bool
     failed: bool
+    writing: bool
     loss_sum: float
     aux_loss: float
     finite: bool
@@ -61,7 +66,10 @@ class Agreement:
         self.device = device
         self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def offer(self, loss_sum: torch.Tensor, aux_sum: torch.Tensor, *, stop: bool, save: bool, failed: bool = False, busy_s: float = 0.0, window_s: float = 0.0) -> None:
+    def offer(
+        self, loss_sum: torch.Tensor, aux_sum: torch.Tensor, *, stop: bool, save: bool, failed: bool = False, writing: bool = False,
+        busy_s: float = 0.0, window_s: float = 0.0,
+    ) -> None:
         """Start the reduction of this step; the one before must have been collected.
 
         Args:
@@ -70,11 +78,13 @@ class Agreement:
             stop: whether it was asked to stop.
             save: whether it was asked to save.
             failed: whether it could not read its rows.
+            writing: whether it still writes a checkpoint.
             busy_s: seconds that it worked in a pipeline.
             window_s: on the first stage, seconds that the pipeline ran.
         """
         assert self._pending is None, "collect() first"
-        own = torch.tensor([float(stop) + FAILED * failed, float(save), busy_s, window_s, float(window_s > 0.0)], dtype=torch.float64).to(self.device, non_blocking=True)
+        asked = [float(stop) + FAILED * failed, float(save) + WRITING * writing]
+        own = torch.tensor([*asked, busy_s, window_s, float(window_s > 0.0)], dtype=torch.float64).to(self.device, non_blocking=True)
         broken = (~torch.isfinite(loss_sum)).double()
         packed = torch.cat([own, torch.stack([torch.nan_to_num(loss_sum, nan=0.0, posinf=0.0, neginf=0.0), aux_sum, broken])])
         handle = distributed.all_reduce_sum(packed, wait=False)
@@ -90,4 +100,5 @@ class Agreement:
             handle.wait()
         stop, save, busy, window, num_windows, loss_sum, aux, broken = packed.tolist()
         idle_share = 1.0 - (busy / distributed.size()) / (window / num_windows) if window else None
-        return Agreed(stop % FAILED > 0, save > 0, stop >= FAILED, loss_sum if not broken else float("nan"), aux, not broken, idle_share)
+        loss_sum = loss_sum if not broken else float("nan")
+        return Agreed(stop % FAILED > 0, save % WRITING > 0, stop >= FAILED, save >= WRITING, loss_sum, aux, not broken, idle_share)

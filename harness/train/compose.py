@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness import distributed, log
 from harness.checkpoint import commit, read
 from harness.config.batch import BatchEquation, batch_equation
-from harness.config.deepspeed import merge, offload_device
+from harness.config.deepspeed import merge
 from harness.config.load import Loaded
 from harness.config.schema import RunFile
 from harness.data.loader import TrainLoader, eval_batches
@@ -35,6 +35,7 @@ from harness.train.certify import Witness
 from harness.train.changes import Changes
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Progress, Trainer
+from harness.train.saving import Saver
 from harness.train.schedule import Schedule
 from harness.world import Grid, World
 
@@ -129,13 +130,13 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     )
     schedule = build_schedule(run, steps=length.steps, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows)
     witness = Witness(run, engine, data, grid, batch.rows)
-    saver = Saver(run, engine, attempt, witness, world, recorder, ds_config)
+    saver = Saver(run, engine, witness, world, recorder, ds_config, attempt=number, stands=progress.step)
     trainer = Trainer(
         run=run, engine=engine, loader=loader, schedule=schedule,
         total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
-        save=saver.save, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(),
+        saver=saver, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(),
         stop_requested=lambda: _asked(run.run_path, "stop"),
         quarantine=lambda step, first, last: _quarantine(run, step, first - progress.first_row, last - progress.first_row), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
         progress=progress,
@@ -266,47 +267,3 @@ def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable |
     say(f"{num_parameters(engine.whole_model()):,} parameters{stages}, {run.engine.deepspeed}, {run.train.precision}, {attention} attention; {batch.text()}")
     rows = f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled" if table.is_whole else "rows are still being made"
     say(f"{rows}; steps {progress.step} to {length.steps}")
-
-
-class Saver:
-    """Commits checkpoints and keeps the ones that are to be kept."""
-
-    def __init__(self, run: RunFile, engine: Any, attempt: Attempt, witness: Witness, world: World, recorder: Recorder, ds_config: dict[str, Any]):
-        self.run, self.engine, self.attempt, self.world, self.recorder = run, engine, attempt, world, recorder
-        self.witness, self.ds_config = witness, ds_config
-        self.saved_at = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether the time since the last checkpoint asks for one; rank 0's clock decides for all."""
-        minutes = self.run.checkpoint.every_minutes
-        return minutes is not None and self.world.is_main and time.monotonic() - self.saved_at >= 60 * minutes
-
-    def save(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Write `progress.step` as a checkpoint on all ranks."""
-        started = time.perf_counter()
-        fields = {
-            "step": progress.step,
-            "rows_consumed": progress.rows,
-            "data_fingerprint": self.witness.data.train.fingerprint,
-            "run_file": self.run.model_dump(mode="json"),
-            "engine": self.engine.name,
-            "pipeline_stages": self.run.engine.pipeline_stages,
-            "zero_stage": self.engine.stage,
-            "offload": {what: offload_device(self.ds_config, what) for what in ("optimizer", "param")},
-            "parameters": self.engine.parameters(),
-            "tied": self.engine.tied(),
-            "groups": [{k: v for k, v in g.items() if k != "params" and isinstance(v, int | float | bool | list | tuple)} for g in self.engine.param_groups],
-            "loss_scale": self.engine.loss_scale(),
-            "metrics": metrics,
-            "state": progress.state(),
-            "certificate": self.witness.facts(progress),
-        }
-        folder = commit.save(self.engine.named_slices(), run_dir=self.run.run_path, fields=fields, attempt=self.attempt.number, world=self.world)
-        seconds = time.perf_counter() - started
-        if self.world.is_main:
-            best = progress.best_step if self.run.checkpoint.keep_best else None
-            commit.retain(self.run.run_path, keep_last=self.run.checkpoint.keep_last, best_step=best, keep_every_steps=self.run.checkpoint.keep_every_steps)
-            ledger.append(self.run.run_path, "save", step=progress.step, checkpoint=folder.name, seconds=round(seconds, 3))
-        self.saved_at = time.monotonic()
-        self.recorder.extra(progress.step, {"checkpoint/save_seconds": seconds})
-        say(f"step {progress.step}: saved {folder.name} in {seconds:.1f} s")

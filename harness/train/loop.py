@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from harness.engine.steps import StepResult
     from harness.engine.common import CommonEngine
     from harness.telemetry.recorder import Recorder
+    from harness.train.saving import Saver
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Trainer:
     recorder: Recorder
     evaluate: Callable[[], Evaluation]
     answer: Callable[[], list[tuple[str, str]]]
-    save: Callable[[Progress, dict[str, float]], None]
+    saver: Saver
     save_requested: Callable[[], bool]
     stop_requested: Callable[[], bool]
     quarantine: Callable[[int, int, int], str]
@@ -100,7 +101,7 @@ class Trainer:
             the evaluation of the last step.
 
         Raises:
-            StopRequested: after a save, when a rank was asked to stop.
+            StopRequested: when a rank was asked to stop; after a save, if there was time for one.
         """
         last = None
         clock = time.perf_counter()
@@ -112,21 +113,23 @@ class Trainer:
             asked = self._settle()
             self._advance(batch, result)
             now = time.perf_counter()
-            self._open(batch, result, lr=lr, seconds=now - clock)
+            self._open(batch, result, lr=lr, seconds=now - clock - self._stood_s)
+            clock, self._stood_s, unsaved = now, 0.0, ""
             at_end = self.progress.step >= self.total_steps
             if self._due(self.run.evaluation.every_steps) or at_end:
                 asked |= self._settle()
                 last = self._evaluate()
-            out_of_patience = self._out_of_patience()
-            if asked or at_end or out_of_patience or self._due(self.run.checkpoint.every_steps) or self._is_new_best(last):
+            over = at_end or self._out_of_patience()
+            if asked or over or self._due(self.run.checkpoint.every_steps) or self._is_new_best(last):
                 asked |= self._settle()
                 mark("save")
-                self.save(self.progress, last.metrics() if last and self._evaluated_now else {})
+                unsaved = self._save(last.metrics() if last and self._evaluated_now else {}, stop="stop" in asked, over=over)
+                clock, self._stood_s = time.perf_counter(), 0.0
             if "stop" in asked:
-                raise StopRequested(f"Stopped on request after step {self.progress.step}; start the same command again to go on.")
-            if at_end or out_of_patience:
+                raise StopRequested(f"Stopped on request after step {self.progress.step}{unsaved}; start the same command again to go on.")
+            if over:
                 break
-            clock = time.perf_counter() if self._evaluated_now else now
+            clock = time.perf_counter() if self._evaluated_now else clock
             mark("data")
         assert last is not None, "a run has at least one step"
         return last
@@ -145,7 +148,16 @@ class Trainer:
     _skipped: int = 0
     _is_running: bool = False
     _evaluated_at: int = -1
+    _stood_s: float = 0.0
     _pending: OpenStep | None = None
+
+    def _save(self, metrics: dict[str, float], *, stop: bool, over: bool) -> str:
+        """Begin a checkpoint, or make the last one; returns why not, where a signal leaves no time for it."""
+        self.saver.finish()
+        if stop and (late := self.saver.no_time(self.stop.left_s(self.run.checkpoint.grace_seconds))):
+            return f" {late}"
+        self.saver.save(self.progress, metrics, last=stop or over)
+        return ""
 
     def _advance(self, batch: GlobalBatch, result: StepResult) -> None:
         self.progress.step += 1
@@ -166,7 +178,7 @@ class Trainer:
         """Offer this step's sums to the other ranks."""
         self.agreement.offer(
             result.loss_sum, result.aux_loss_sum, stop=bool(self.stop) or self.stop_requested(), save=self.save_requested(), failed=self.loader.error is not None,
-            busy_s=result.busy_s, window_s=result.window_s,
+            writing=self.saver.writing, busy_s=result.busy_s, window_s=result.window_s,
         )
         positions = batch.rows * self.run.data.sequence_length
         first = self.progress.rows - batch.rows
@@ -184,7 +196,10 @@ class Trainer:
         if agreed is None or step is None:
             return set()
         if agreed.failed:
+            self.saver.finish()
             fail_together(self.loader.error)
+        if not agreed.writing:
+            self._finish_save()
         metrics = {
             "train/loss": agreed.loss_sum / max(step.result.trained_tokens, 1),
             "train/tokens": step.result.trained_tokens,
@@ -208,11 +223,18 @@ class Trainer:
         self._judge(step, metrics["train/loss"])
         return {name for name in ("stop", "save") if getattr(agreed, name)}
 
+    def _finish_save(self) -> None:
+        """Commit a checkpoint that all ranks have written."""
+        started = time.perf_counter()
+        self.saver.finish()
+        self._stood_s += time.perf_counter() - started
+
     def _judge(self, step: OpenStep, loss: float) -> None:
         """Say that a step stands out, keep its documents, and stop where that is asked for."""
         settings = self.run.train
         self._skipped = 0 if step.result.applied else self._skipped + 1
         if self._skipped >= settings.max_skipped_steps:
+            self.saver.finish()
             raise AnomalyStop(f"The gradient was not finite in {self._skipped} steps in a row, up to step {step.step}; none of them was applied.")
         score = self._watch.judge(loss) if settings.spikes != "ignore" else None
         if score is None:
@@ -221,6 +243,7 @@ class Trainer:
         place = self.quarantine(step.step, step.first_row, step.rows)
         self.note("anomaly", step=step.step, reason=told, loss=loss, zscore=round(score, 1))
         if settings.spikes == "stop":
+            self.saver.finish()
             raise AnomalyStop(f"{told[0].upper()}{told[1:]}. Its documents are in {place}; the last checkpoint stands.")
         say(f"{told}; its documents are in {place}")
 
