@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("states on each host", format_bytes(memory.host))
     table.add_row("states on each NVMe", format_bytes(memory.nvme))
     table.add_row("one checkpoint", format_bytes(memory.checkpoint))
+    if loaded.run.checkpoint.asynchronous:
+        table.add_row("its copy on each host", format_bytes(memory.copy))
     console.print(table)
     if cut:
         _show_stages(console, cut, batch)

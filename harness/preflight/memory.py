@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ class MemoryPlan:
         host: on each host, over its ranks.
         nvme: on each host's NVMe.
         checkpoint: of one checkpoint, over all ranks.
+        copy: on each host, of the copy from which a checkpoint is written while training goes on.
     """
 
     device: int
     host: int
     nvme: int
     checkpoint: int
+    copy: int
 
 
 def plan_memory(
@@ -48,6 +51,9 @@ def plan_memory(
     placed[offload_device(ds_config, "param")] += weights
     placed[offload_device(ds_config, "optimizer")] += optimizer
     placed["cpu" if offload_device(ds_config, "optimizer") != "none" else "none"] += gradients
+    checkpoint = 12 * (all_parameters or parameters)
+    copied = 12 * parameters / ranks * local_ranks if stage >= 1 else 12 * parameters * math.ceil(local_ranks / ranks)  # without ZeRO one copy writes
     return MemoryPlan(
-        device=round(placed["none"]), host=round(placed["cpu"] * local_ranks), nvme=round(placed["nvme"] * local_ranks), checkpoint=(all_parameters or parameters) * 12
+        device=round(placed["none"]), host=round(placed["cpu"] * local_ranks), nvme=round(placed["nvme"] * local_ranks), checkpoint=checkpoint,
+        copy=min(checkpoint, round(copied)),
     )

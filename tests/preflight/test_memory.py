@@ -35,3 +35,13 @@ def test_offload_moves_bytes_and_loses_none():
 
 def test_fp32_has_no_second_master():
     assert plan_memory(N, _config(0), precision="fp32", ranks=1, local_ranks=1).device == (4 + 4 + 8) * N
+
+
+@pytest.mark.parametrize("stage, ranks, local_ranks, on_a_host", [(3, 4, 2, 6), (1, 2, 2, 12), (0, 4, 4, 12)])
+def test_a_host_copies_what_its_ranks_write(stage, ranks, local_ranks, on_a_host):
+    plan = plan_memory(N, _config(stage), precision="bf16", ranks=ranks, local_ranks=local_ranks)
+    assert (plan.checkpoint, plan.copy) == (12 * N, on_a_host * N)
+
+
+def test_stages_of_a_pipeline_copy_no_more_than_there_is():
+    assert plan_memory(N, _config(1), precision="bf16", ranks=1, local_ranks=2, all_parameters=3 * N // 2).copy == 18 * N
