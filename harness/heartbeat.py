@@ -21,7 +21,7 @@ class Beat:
     """The last mark of a rank.
 
     Attributes:
-        at_s: when it was made, on the host's monotonic clock; 0 before the first.
+        at_s: when it was made, on the host's monotonic clock; before the first, when the board was made.
         step: optimizer step that the rank is in; 0 before the first.
         phase: one of PHASES.
         count: marks so far.
@@ -44,6 +44,8 @@ class Board:
         self.descriptor = os.memfd_create(_NAME, 0)
         os.ftruncate(self.descriptor, ranks * _SLOT_BYTES)
         self._memory = mmap.mmap(self.descriptor, ranks * _SLOT_BYTES)
+        for local_rank in range(ranks):  # silence is counted from here, not from the host's start
+            _SLOT.pack_into(self._memory, local_rank * _SLOT_BYTES, time.monotonic(), 0, 0, 0)
 
     def variable(self, local_rank: int) -> dict[str, str]:
         """What a rank, which must inherit the descriptor, finds in its environment."""

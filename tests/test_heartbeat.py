@@ -23,8 +23,9 @@ print(json.dumps({"spent": heartbeat.spent(), "began": heartbeat.began(), "now":
 
 
 def test_a_rank_marks_and_its_starter_reads():
+    made = time.monotonic()
     board = Board(2)
-    assert board.beat(1).count == 0
+    assert board.beat(1).count == 0 and made <= board.beat(1).at_s <= time.monotonic(), "a rank that has not marked yet is not silent since the host began"
     started, before = time.time(), time.monotonic()
     done = subprocess.run([sys.executable, "-c", RANK], env=os.environ | board.variable(1), pass_fds=(board.descriptor,), capture_output=True, text=True, check=True)
     beat, told = board.beat(1), json.loads(done.stdout)
