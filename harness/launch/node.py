@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 from harness.config.load import load
 from harness.errors import HarnessError
 from harness.launch import operators, verdict
-from harness.launch.starter import Node, Starter
+from harness.launch.job import Node
+from harness.launch.starter import Starter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         started = time.time()
         ended = Starter(node, loaded.run.run_path).run()
-        return verdict.settle(ended, loaded.run.run_path, started=started, host=socket.gethostname(), writes=node.node == 0)
+        return verdict.settle(ended, loaded.run.run_path, started=started, writes=node.node == 0)
     except HarnessError as error:
         print(f"harness: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from harness.heartbeat import Beat
@@ -15,17 +15,17 @@ START_S = 1800.0
 
 @dataclass(frozen=True)
 class Silent:
-    """The rank that holds its host up.
+    """The rank that holds the others up.
 
     Attributes:
-        local_rank: its place on the host.
+        rank: over all hosts.
         seconds: since its last mark.
         bound_s: how long it might have been.
         beat: its last mark.
         stopped: it stands still, as after SIGSTOP.
     """
 
-    local_rank: int
+    rank: int
     seconds: float
     bound_s: float
     beat: Beat
@@ -33,7 +33,7 @@ class Silent:
 
 
 class SilenceWatch:
-    """Learns how long the ranks of a host are silent between marks.
+    """Learns how long the ranks of a job are silent between marks.
 
     Args:
         bound_s: longest silence once the first step is done; None learns it.
@@ -42,30 +42,32 @@ class SilenceWatch:
     def __init__(self, bound_s: float | None):
         self.bound_s = bound_s
         self._longest_s = 0.0
-        self._before: list[Beat] = []
+        self._before: dict[int, Beat] = {}
 
-    def judge(self, beats: Sequence[Beat], stopped: Sequence[bool], *, now_s: float) -> Silent | None:
+    def judge(self, beats: Mapping[int, Beat], stopped: Container[int], *, now_s: float) -> Silent | None:
         """The rank to blame, when some rank has been silent beyond the bound.
 
         Ranks wait for one another, so that soon all are silent: the one that stands still is to blame, else the first that fell silent.
 
         Args:
             beats: last mark of each rank that runs.
-            stopped: which of them stand still.
+            stopped: ranks that stand still.
             now_s: on the clock of the marks.
         """
-        for before, beat in zip(self._before, beats, strict=False):
+        if not beats:
+            return None
+        for rank, beat in beats.items():
+            before = self._before.get(rank, beat)
             if before.step >= 1 and beat.count > before.count:
                 self._longest_s = max(self._longest_s, beat.at_s - before.at_s)
-        self._before = list(beats)
-        oldest = max((now_s - beat.at_s, place) for place, beat in enumerate(beats))
+        self._before = dict(beats)
         bound_s = self._bound_s(beats)
-        if oldest[0] <= bound_s:
+        if now_s - min(beat.at_s for beat in beats.values()) <= bound_s:
             return None
-        place = min(range(len(beats)), key=lambda place: (not stopped[place], beats[place].at_s))
-        return Silent(place, now_s - beats[place].at_s, bound_s, beats[place], stopped[place])
+        rank = min(beats, key=lambda rank: (rank not in stopped, beats[rank].at_s))
+        return Silent(rank, now_s - beats[rank].at_s, bound_s, beats[rank], rank in stopped)
 
-    def _bound_s(self, beats: Sequence[Beat]) -> float:
-        if min(beat.step for beat in beats) <= 1:
+    def _bound_s(self, beats: Mapping[int, Beat]) -> float:
+        if min(beat.step for beat in beats.values()) <= 1:
             return START_S
         return self.bound_s if self.bound_s is not None else max(LEAST_S, TIMES * self._longest_s)

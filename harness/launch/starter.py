@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +21,8 @@ from harness.errors import EXIT_DONE, EXIT_RESUME_ME
 from harness.formats.outcome import newest_attempt
 from harness.heartbeat import Board
 from harness.launch import stacks
-from harness.launch.silence import Silent, SilenceWatch
+from harness.launch.job import Node
+from harness.launch.peers import Peers
 from harness.launch.verdict import End, Ended
 from harness.log import say
 
@@ -39,47 +39,6 @@ KILL_AFTER_REQUESTS = 3
 HELD = "HARNESS_HELD"
 """Names a descriptor that every process of the job holds open: what reads its other end knows when all are gone."""
 _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of prctl(2)
-
-
-@dataclass(frozen=True)
-class Node:
-    """One host of a job, and what runs there.
-
-    Attributes:
-        words: of the run: run file and overrides.
-        slots: ranks of every host of the job, in order.
-        node: which of them this is.
-        master: where the ranks meet.
-        port: there.
-        environment: variables that every rank needs, besides those of this process.
-        silence_s: longest silence of a rank; None learns it.
-    """
-
-    words: tuple[str, ...]
-    slots: tuple[int, ...] = (1,)
-    node: int = 0
-    master: str = "127.0.0.1"
-    port: int = 29500
-    environment: dict[str, str] = field(default_factory=dict)
-    silence_s: float | None = None
-
-    @property
-    def ranks(self) -> int:
-        """Of this host."""
-        return self.slots[self.node]
-
-    @property
-    def first_rank(self) -> int:
-        """The first of this host."""
-        return sum(self.slots[: self.node])
-
-    def variables(self, local_rank: int) -> dict[str, str]:
-        """What a rank knows of its place, in the names that torch and DeepSpeed read."""
-        return self.environment | {
-            "RANK": str(self.first_rank + local_rank), "WORLD_SIZE": str(sum(self.slots)), "LOCAL_RANK": str(local_rank),
-            "LOCAL_WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks), "CROSS_RANK": str(self.node), "CROSS_SIZE": str(len(self.slots)),
-            "MASTER_ADDR": self.master, "MASTER_PORT": str(self.port),
-        }
 
 
 class Starter:
@@ -99,7 +58,7 @@ class Starter:
         self.ranks: dict[int, subprocess.Popen[bytes]] = {}
         self.first: End | None = None
         self._board = Board(node.ranks)
-        self._watch = SilenceWatch(node.silence_s)
+        self._peers = Peers(node, self.host)
         self._ended_at_s = 0.0
         self._asked_to_end = False
         self._above = above.launchers()
@@ -112,12 +71,14 @@ class Starter:
             looked_s = time.monotonic()
             while self.ranks:
                 self._reap()
+                self._hear()
                 if self.ranks and time.monotonic() - looked_s >= LOOK_S:
                     looked_s = time.monotonic()
                     self._look()
                 self._hurry()
                 time.sleep(POLL_S)
             self._end_strays()
+        self._peers.close()
         self._board.close()
         return Ended(self.requests > 0, self.first)
 
@@ -170,33 +131,41 @@ class Starter:
             os.killpg(child.pid, signal.SIGTERM)  # what a rank leaves behind works for nobody
         self._ended_at_s = self._ended_at_s or time.monotonic()
         if code != EXIT_DONE and self.first is None:
-            self.first = End(self.node.first_rank + local_rank, code, self._board.beat(local_rank))
+            self.first = End(self.node.first_rank + local_rank, code, self._board.beat(local_rank), self.host)
+            self._peers.tell(self.first)
             if self.first.is_foreign and not self.requests:
-                say(self.first.reason(self.host))
+                say(self.first.reason())
 
     def _look(self) -> None:
         """Find a launcher that is gone, and a rank that is silent."""
         if not self.requests and (gone := [one for one in self._above if one.is_gone]):
             say(f"{gone[0].name} (process {gone[0].pid}), which started this, is gone; stopping.")
             self._pass_on(signal.SIGTERM, None)
-        if self.first is not None:
-            return
-        places = sorted(self.ranks)
-        stopped = [stacks.state(self.ranks[place].pid) in ("T", "t") for place in places]
-        silent = self._watch.judge([self._board.beat(place) for place in places], stopped, now_s=time.monotonic())
-        if silent is not None:
-            self._end_silent(places[silent.local_rank], silent)
+        running = {self.node.first_rank + place: child for place, child in self.ranks.items()}
+        stopped = {rank for rank, child in running.items() if stacks.state(child.pid) in ("T", "t")}
+        found = self._peers.look({rank: self._board.beat(rank - self.node.first_rank) for rank in running}, stopped)
+        if found is not None and self.first is None:
+            self._peers.tell(found)
+            self._end_because(found)
 
-    def _end_silent(self, local_rank: int, silent: Silent) -> None:
-        """Show where all ranks stand, then end them: one that stands still hears nothing else."""
-        self.first = End(self.node.first_rank + local_rank, -signal.SIGKILL, silent.beat, silent)
-        say(self.first.reason(self.host))
-        pid = self.ranks[local_rank].pid
+    def _hear(self) -> None:
+        """Find out that a rank of another host ended badly."""
+        found = self._peers.heard()
+        if found is not None and self.first is None:
+            self._end_because(found)
+
+    def _end_because(self, end: End) -> None:
+        """Show where all ranks stand if one is silent, and end them: one that stands still hears nothing else."""
+        self.first, self._ended_at_s = end, self._ended_at_s or time.monotonic()
+        say(end.reason())
+        if end.silent is None:
+            return
         stacks.ask([child.pid for child in self.ranks.values()])
-        if (attempt := newest_attempt(self.run_dir)[1]) is not None:
-            path = attempt / "logs" / f"stacks-{self.first.rank:05d}-kernel.txt"
+        child = self.ranks.get(end.rank - self.node.first_rank)
+        if child is not None and (attempt := newest_attempt(self.run_dir)[1]) is not None:
+            path = attempt / "logs" / f"stacks-{end.rank:05d}-kernel.txt"
             with suppress(OSError):
-                path.write_text(f"{self.first.reason(self.host)}\n{stacks.of_kernel(pid)}\n", encoding="utf-8")
+                path.write_text(f"{end.reason()}\n{stacks.of_kernel(child.pid)}\n", encoding="utf-8")
                 say(f"Where the ranks stood: {path.parent}/stacks-*.txt")
         self._signal(signal.SIGKILL)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
 from harness.formats import ledger, outcome
@@ -26,13 +27,17 @@ class End:
         rank: over all hosts.
         code: its exit code; negative: the signal that killed it.
         beat: its last mark.
+        host: where it was.
         silent: it was ended for its silence.
+        lost: what is known where its whole host is gone.
     """
 
     rank: int
     code: int
     beat: Beat
+    host: str
     silent: Silent | None = None
+    lost: str = ""
 
     @property
     def is_foreign(self) -> bool:
@@ -45,15 +50,28 @@ class End:
             return EXIT_RESUME_ME
         return self.code if self.code > 0 else EXIT_FAILURE
 
-    def reason(self, host: str) -> str:
+    def reason(self) -> str:
         """One sentence."""
+        if self.lost:
+            return self.lost
         where = f"in phase {self.beat.phase} of step {self.beat.step}" if self.beat.step else f"in phase {self.beat.phase}"
         if self.silent is not None:
             how = "stood still (stopped)" if self.silent.stopped else "was silent"
-            return f"Rank {self.rank} on {host} {how} for {self.silent.seconds:.0f} s {where}; the bound is {self.silent.bound_s:.0f} s."
+            return f"Rank {self.rank} on {self.host} {how} for {self.silent.seconds:.0f} s {where}; the bound is {self.silent.bound_s:.0f} s."
         if self.code < 0:
-            return f"Rank {self.rank} on {host} was ended by {signal.Signals(-self.code).name} {where}."
-        return f"Rank {self.rank} on {host} ended with code {self.code} {where}."
+            return f"Rank {self.rank} on {self.host} was ended by {signal.Signals(-self.code).name} {where}."
+        return f"Rank {self.rank} on {self.host} ended with code {self.code} {where}."
+
+    def as_message(self) -> dict[str, Any]:
+        """As JSON, for the starters of other hosts."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, told: dict[str, Any]) -> End:
+        """From what another starter sent."""
+        silent = told["silent"]
+        silent = Silent(**{**silent, "beat": Beat(**silent["beat"])}) if silent else None
+        return cls(**{**told, "beat": Beat(**told["beat"]), "silent": silent})
 
 
 @dataclass(frozen=True)
@@ -69,19 +87,18 @@ class Ended:
     first: End | None
 
 
-def settle(ended: Ended, run_dir: Path, *, started: float, host: str, writes: bool) -> int:
+def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
     """The exit code of a job; what no rank could write of its end is written now.
 
     Args:
         ended: what the starter saw.
         run_dir: folder of the run.
         started: when the ranks were started, in seconds since the epoch.
-        host: for messages.
         writes: whether this host speaks for the job.
     """
     told = outcome.read_outcome(run_dir)
     told = told if told is not None and told.time >= started else None
-    final = judge(ended, told, host=host, last_words=lambda rank: outcome.read_end(run_dir, rank, since=started))
+    final = judge(ended, told, last_words=lambda rank: outcome.read_end(run_dir, rank, since=started))
     if writes and final is not told and run_dir.is_dir():
         final = replace(final, step=outcome.last_step(run_dir), attempt=outcome.newest_attempt(run_dir)[0])
         outcome.write_outcome(run_dir, final)
@@ -89,13 +106,12 @@ def settle(ended: Ended, run_dir: Path, *, started: float, host: str, writes: bo
     return final.code
 
 
-def judge(ended: Ended, told: Outcome | None, *, host: str, last_words: Callable[[int], Outcome | None]) -> Outcome:
+def judge(ended: Ended, told: Outcome | None, *, last_words: Callable[[int], Outcome | None]) -> Outcome:
     """The outcome of a job; step and attempt are those of `told`, or 0.
 
     Args:
         ended: what the starter saw.
         told: what rank 0 wrote, if anything.
-        host: for messages.
         last_words: what a rank wrote of its own end, if anything.
     """
     first = ended.first
@@ -103,10 +119,10 @@ def judge(ended: Ended, told: Outcome | None, *, host: str, last_words: Callable
         return told
     if first is not None and first.code > 0 and first.code != EXIT_RESUME_ME:
         by_rank_0 = told if first.rank == 0 else None
-        return by_rank_0 or last_words(first.rank) or Outcome("failed", first.exit_code(), first.reason(host), 0, 0)
+        return by_rank_0 or last_words(first.rank) or Outcome("failed", first.exit_code(), first.reason(), 0, 0)
     if ended.asked:  # before a rank could listen, or killed on request: nothing was trained that a resume would lack
         return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before the ranks could say more.", 0, 0)
     if first is not None and (first.is_foreign or told is None):
         code = first.exit_code()
-        return Outcome("lost" if code == EXIT_RESUME_ME else "failed", code, first.reason(host), 0, 0)
+        return Outcome("lost" if code == EXIT_RESUME_ME else "failed", code, first.reason(), 0, 0)
     return told or Outcome("failed", EXIT_FAILURE, "All ranks ended well, but none left an outcome.", 0, 0)

@@ -52,19 +52,20 @@ sys.exit(codes[manner])
 STARTER = """
 import sys, time
 from pathlib import Path
-from harness.launch import starter, verdict
-folder, manner, silence = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-starter.LINGER_S = 1.0
-node = starter.Node((str(folder), manner), (2,), port=12345, silence_s=silence)
+from harness.launch import job, starter, verdict, wire
+folder, manner, silence, slots, number, port = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+starter.LINGER_S, wire.HEARD_S = 1.0, 3.0
+node = job.Node((str(folder), manner), tuple(map(int, slots.split(","))), number, port=port, silence_s=silence)
 started = time.time()
 ended = starter.Starter(node, folder, command=(sys.executable, str(folder / "rank.py"))).run()
-sys.exit(verdict.settle(ended, folder, started=started, host="here", writes=True))
+sys.exit(verdict.settle(ended, folder, started=started, writes=number == 0))
 """
 
 
-def plan(folder: Path, manner: str, *, silence_s: float = 60.0) -> LaunchPlan:
-    """A plan for two ranks that behave in a manner: work, hang, ignore, refuse, done, child, crash, one-fails, segfault."""
+def plan(folder: Path, manner: str, *, silence_s: float = 60.0, slots: str = "2", node: int = 0, port: int = 12345) -> LaunchPlan:
+    """A plan for ranks that behave in a manner: work, hang, ignore, refuse, done, child, crash, one-fails, segfault."""
     (folder / "rank.py").write_text(RANK)
     (folder / "starter.py").write_text(STARTER)
     (folder / "attempts" / "0001" / "logs").mkdir(parents=True, exist_ok=True)
-    return LaunchPlan((sys.executable, str(folder / "starter.py"), str(folder), manner, str(silence_s)), 2, folder)
+    words = (str(folder), manner, str(silence_s), slots, str(node), str(port))
+    return LaunchPlan((sys.executable, str(folder / "starter.py"), *words), 2, folder)

@@ -6,30 +6,30 @@ from harness.heartbeat import Beat
 from harness.launch.silence import LEAST_S, START_S, TIMES, SilenceWatch
 
 
-def beats(*at_s: float, step: int = 5, count: int = 10) -> list[Beat]:
-    return [Beat(one, step, "forward", count) for one in at_s]
+def beats(*at_s: float, step: int = 5, count: int = 10) -> dict[int, Beat]:
+    return {rank: Beat(one, step, "forward", count) for rank, one in enumerate(at_s)}
 
 
 def test_the_one_that_fell_silent_first_is_to_blame():
-    silent = SilenceWatch(10.0).judge(beats(102.0, 100.0, 103.0), [False] * 3, now_s=111.0)
-    assert silent is not None and (silent.local_rank, silent.seconds, silent.bound_s, silent.stopped) == (1, 11.0, 10.0, False)
+    silent = SilenceWatch(10.0).judge(beats(102.0, 100.0, 103.0), set(), now_s=111.0)
+    assert silent is not None and (silent.rank, silent.seconds, silent.bound_s, silent.stopped) == (1, 11.0, 10.0, False)
 
 
 def test_one_that_stands_still_is_to_blame_although_another_is_older():
-    silent = SilenceWatch(10.0).judge(beats(100.0, 102.0), [False, True], now_s=111.0)
-    assert silent is not None and (silent.local_rank, silent.stopped) == (1, True)
+    silent = SilenceWatch(10.0).judge(beats(100.0, 102.0), {1}, now_s=111.0)
+    assert silent is not None and (silent.rank, silent.stopped) == (1, True)
 
 
 def test_before_the_first_step_is_done_the_setting_does_not_count():
     watch = SilenceWatch(10.0)
-    assert watch.judge(beats(100.0, 100.0, step=1), [True, False], now_s=100.0 + START_S - 1) is None
-    assert watch.judge(beats(100.0, 100.0, step=1), [True, False], now_s=100.0 + START_S + 1) is not None
+    assert watch.judge(beats(100.0, 100.0, step=1), {0}, now_s=100.0 + START_S - 1) is None
+    assert watch.judge(beats(100.0, 100.0, step=1), {0}, now_s=100.0 + START_S + 1) is not None
 
 
 def test_without_a_setting_the_bound_follows_the_longest_pause():
     watch = SilenceWatch(None)
-    assert watch.judge(beats(100.0, count=1), [False], now_s=100.0 + LEAST_S) is None
-    assert watch.judge(beats(110.0, count=2), [False], now_s=110.0) is None, "a pause of ten seconds was seen"
-    assert watch.judge(beats(110.0, count=2), [False], now_s=110.0 + 10 * TIMES - 1) is None
-    silent = watch.judge(beats(110.0, count=2), [False], now_s=110.0 + 10 * TIMES + 1)
+    assert watch.judge(beats(100.0, count=1), set(), now_s=100.0 + LEAST_S) is None
+    assert watch.judge(beats(110.0, count=2), set(), now_s=110.0) is None, "a pause of ten seconds was seen"
+    assert watch.judge(beats(110.0, count=2), set(), now_s=110.0 + 10 * TIMES - 1) is None
+    silent = watch.judge(beats(110.0, count=2), set(), now_s=110.0 + 10 * TIMES + 1)
     assert silent is not None and silent.bound_s == 10 * TIMES

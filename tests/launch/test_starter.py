@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from harness.formats.outcome import Outcome, read_outcome, write_outcome
 from harness.launch import local, stacks
 from tests.launch import fake_ranks
+
+HOST = socket.gethostname()
 
 
 def when(condition, then) -> threading.Thread:
@@ -52,7 +55,7 @@ def test_the_outcome_is_what_the_ranks_told_else_what_the_starter_saw(tmp_path, 
     assert (ended.code, ended.state) == (code, state)
     assert read_outcome(tmp_path) == ended
     assert [(up["world"], up["local"], up["port"]) for up in ups(tmp_path)] == [("2", "0", "12345"), ("2", "1", "12345")]
-    assert manner != "segfault" or "Rank 1 on here was ended by SIGSEGV" in ended.reason
+    assert manner != "segfault" or f"Rank 1 on {HOST} was ended by SIGSEGV" in ended.reason
 
 
 def test_an_outcome_of_an_earlier_attempt_is_not_believed(tmp_path):
@@ -110,7 +113,7 @@ def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):
     ended = local.run(fake_ranks.plan(tmp_path, "ignore"))
     thread.join()
     assert time.monotonic() - killed[0] < 5 and all_gone(tmp_path)
-    assert (ended.code, ended.state) == (75, "lost") and "Rank 1 on here was ended by SIGKILL" in ended.reason, ended
+    assert (ended.code, ended.state) == (75, "lost") and f"Rank 1 on {HOST} was ended by SIGKILL" in ended.reason, ended
 
 
 @pytest.mark.parametrize("manner", ["hang", "ignore"])
@@ -120,7 +123,7 @@ def test_a_silent_rank_is_named_with_its_phase_and_all_are_ended(tmp_path, manne
     ended = local.run(fake_ranks.plan(tmp_path, manner, silence_s=2.0))
     thread.join()
     assert (ended.code, ended.state) == (75, "lost") and all_gone(tmp_path), ended
-    assert ended.reason.startswith("Rank 1 on here " + ("was silent" if manner == "hang" else "stood still")), ended
+    assert ended.reason.startswith(f"Rank 1 on {HOST} " + ("was silent" if manner == "hang" else "stood still")), ended
     assert manner == "ignore" or "in phase backward of step 30; the bound is 2 s" in ended.reason
     kernel = (tmp_path / "attempts" / "0001" / "logs" / "stacks-00001-kernel.txt").read_text()
     assert "Rank 1 on" in kernel and ("state T" in kernel) == (manner == "ignore")
