@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import files
 from harness.data.template import Template
 from harness.errors import Refused
+from harness.resilience.hearing import Hearing, Interrupted
 
 if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
@@ -28,7 +29,7 @@ def write_description(folder: Path, config: Any, tokenizer: Any, template: Templ
     files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
 
 
-def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int) -> list[tuple[str, str]]:
+def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int, hearing: Hearing) -> list[tuple[str, str]]:
     """Answer fixed prompts with the model in training, on all ranks together.
 
     Args:
@@ -37,14 +38,22 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
         template: how prompts were written in training.
         prompts: as a user would type them.
         max_new_tokens: bound of each answer.
+        hearing: of requests to stop, which end it between two answers.
 
     Returns:
         (prompt, answer) pairs.
+
+    Raises:
+        Interrupted: on all ranks, when one of them was asked to stop.
     """
-    if not prompts:
-        return []
-    answers = engine.generate([template.prompt_ids(prompt, tokenizer) for prompt in prompts], stop_ids=template.stop_ids(tokenizer), max_new_tokens=max_new_tokens)
-    return [(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip()) for prompt, ids in zip(prompts, answers, strict=True)]
+    answered = []
+    for prompt in prompts:
+        ids = template.prompt_ids(prompt, tokenizer)
+        (answer,) = engine.generate([ids], stop_ids=template.stop_ids(tokenizer), max_new_tokens=max_new_tokens)
+        answered.append((prompt, tokenizer.decode(answer, skip_special_tokens=True).strip()))
+        if hearing.now():
+            raise Interrupted
+    return answered
 
 
 class Generator:

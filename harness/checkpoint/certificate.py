@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.data.passed import Passed
 from harness.formats import digest
 from harness.formats.certificate import Certificate, Group, NextRows, Probe, Seal
 
@@ -88,7 +89,7 @@ def groups_of(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Group, 
     )
 
 
-def next_rows(order: Any, *, first: int, count: int, begin: int = 0) -> NextRows:
+def next_rows(order: Any, *, first: int, count: int, begin: int = 0, passed: Passed = Passed()) -> NextRows:
     """What the next rows are.
 
     Args:
@@ -96,11 +97,12 @@ def next_rows(order: Any, *, first: int, count: int, begin: int = 0) -> NextRows
         first: the cursor.
         count: number of rows; fewer where a mixture ends before.
         begin: rows that were consumed before this order began.
+        passed: positions that are left out.
     """
     total = getattr(order, "total_rows", None)
     if total is not None:
-        count = max(0, min(count, total - (first - begin)))
-    ids = order.rows(first - begin, count) if count else np.zeros(0, np.int64)
+        count = max(0, min(count, passed.trained(first, begin + total)))
+    ids = passed.rows(order, first, count, begin=begin)
     return NextRows(first=first, count=count, digest=digest.of_bytes(ids.astype("<i8").tobytes()))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer from the index, the order and the run's own records."""
+    from harness.data.passed import Passed
     from harness.data.provenance import Provenance
     from harness.telemetry.read import read_metrics
 
@@ -26,12 +27,15 @@ def run(arguments: argparse.Namespace) -> int:
     attempts = sorted((run_dir / "attempts").glob("[0-9]*/run.yaml"))
     if not attempts:
         raise Refused(f"{run_dir} holds no run.", where="--run", remedy="Give the folder of a run that has started.")
-    starts = [event for event in ledger.read(run_dir) if event["kind"] == "start" and "rows" in event]
+    events = ledger.read(run_dir)
+    starts = [event for event in events if event["kind"] == "start" and "rows" in event]
     if not starts:
         raise Refused(f"{run_dir} has not begun to train.", where="--run", remedy="Give the folder of a run that has started.")
     loaded = load(attempts[-1])
     rows_at = {line["step"]: line["rows"] for line in read_metrics(run_dir) if "train/loss" in line}
-    provenance = Provenance(arguments.set, loaded.run, rows_at, fingerprint=starts[-1]["rows"], first_row=starts[-1].get("first_row", 0))
+    left_out = [event["rows"] for event in events[events.index(starts[-1]) :] if event["kind"] == "rollback"]
+    passed = Passed.of([*starts[-1].get("passed", []), *left_out])
+    provenance = Provenance(arguments.set, loaded.run, rows_at, fingerprint=starts[-1]["rows"], first_row=starts[-1].get("first_row", 0), passed=passed)
     if arguments.action == "where":
         _where(provenance, arguments)
     else:
@@ -58,4 +62,5 @@ def _where(provenance: Provenance, arguments: argparse.Namespace) -> None:
     for epoch, position, step in provenance.steps_of_row(arguments.row):
         place = f"position {position:,}, " if position is not None else ""
         told = f"trained in step {step}" if step is not None else "not reached yet" if position is not None else "never reached: the set is used up before"
+        told = "passed over: its step was a spike and was taken back" if position is not None and provenance.passed.covers(position) else told
         console.print(f"row {arguments.row}, epoch {epoch}: {place}{told}")

@@ -140,8 +140,9 @@ class Train(Section):
         0, ge=0, description="0: keep all activations; 1: recompute every block; n: every n-th block."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = fixed(0)
-    spikes: Literal["ignore", "warn", "stop"] = free("warn", description="What a loss far above its recent past does.")
+    spikes: Literal["ignore", "warn", "rollback", "stop"] = free("warn", description="What a loss far above its recent past does.")
     spike_zscore: Annotated[float, Field(gt=0)] = free(12.0, description="How far, in robust standard deviations of the last 128 losses.")
+    max_rollbacks: Annotated[int, Field(ge=0)] = free(3, description="How often in one run a spike takes training back to the last checkpoint.")
     max_skipped_steps: Positive = free(50, description="Stop after so many steps in a row whose gradient was not finite.")
 
 

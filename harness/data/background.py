@@ -18,6 +18,7 @@ import yaml
 from harness import files
 from harness.config.schema import RunFile
 from harness.data import sources
+from harness.data.fetch import never
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order
 from harness.data.maker import set_fingerprint
@@ -83,14 +84,16 @@ def _watch(child: subprocess.Popen[bytes], folder: Path) -> None:
         files.write_json(folder / FAILED, {"code": code, "text": text})
 
 
-def wait_for(there: Callable[[], bool], folder: Path) -> None:
+def wait_for(there: Callable[[], bool], folder: Path, given_up: Callable[[], bool] = never) -> None:
     """Wait until something is prepared.
 
     Raises:
         Refused: when the preparation found something that the user can mend.
-        Failure: when it ended otherwise.
+        Failure: when it ended otherwise, or what is waited for is given up.
     """
     while not there():
+        if given_up():
+            raise Failure(f"{folder} was closed while it was being prepared.")
         if (folder / FAILED).is_file():
             failed = files.read_json(folder / FAILED)
             if failed["code"] == Refused.exit_code:
@@ -118,7 +121,7 @@ class GrowingTable(RowTable):
 
     def __init__(self, folder: Path, draft: Draft, packing: Packing):
         known: dict[str, Any] = {"store": LocalStore(folder), "packing": packing, "open_shards": OPEN_SHARDS, "_open": OrderedDict(), "_coming": []}
-        self.__dict__.update(known, folder=folder, draft=draft)
+        self.__dict__.update(known, folder=folder, draft=draft, given_up=never)
 
     def __repr__(self) -> str:
         return f"GrowingTable({self.folder})"
@@ -140,7 +143,7 @@ class GrowingTable(RowTable):
 
     @cached_property
     def _whole(self) -> RowTable:
-        wait_for(lambda: self.is_whole, self.folder.parent)
+        wait_for(lambda: self.is_whole, self.folder.parent, self.given_up)
         return RowTable.build(self.folder, self.packing)
 
     @property
@@ -164,6 +167,15 @@ class GrowingTable(RowTable):
         return files.digest_text(self.packing.fingerprint(self.draft.fingerprint), str(ORDER_VERSION))
 
     @property
+    def may_wait(self) -> bool:
+        """Rows are waited for until they are prepared."""
+        return not self.is_whole
+
+    def heed(self, given_up: Callable[[], bool]) -> None:
+        """Let a wait for what is not prepared yet end with a Failure when `given_up` says so."""
+        self.__dict__["given_up"] = given_up
+
+    @property
     def num_shards(self) -> int:
         """Shards of the whole set."""
         return self.draft.num_shards
@@ -175,7 +187,7 @@ class GrowingTable(RowTable):
     def _opened(self, number: int) -> OpenShard:
         name = shard_name(number)
         part = self.folder / "parts" / f"{name}.json"
-        wait_for(lambda: part.is_file() or self.is_whole, self.folder.parent)
+        wait_for(lambda: part.is_file() or self.is_whole, self.folder.parent, self.given_up)
         try:
             done = files.read_json(part)
         except FileNotFoundError:  # all was finished meanwhile

@@ -25,6 +25,8 @@ from harness.log import say
 T = TypeVar("T")
 MOST_BACKOFF_S = 30.0
 PIECE_BYTES = 8 << 20
+HEED_S = 0.2
+"""How often whoever waits looks whether it is still wanted."""
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub",
            "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
@@ -37,6 +39,11 @@ _REDACTIONS = [(re.compile(pattern, re.IGNORECASE), by) for pattern, by in (
     (r"<(\w*(?:key|token|signature|secret)\w*)>[^<]*", r"<\1>***"),
     (r"\b(?:hf_[a-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b", "***"),
 )]
+
+
+def never() -> bool:
+    """Nothing is given up."""
+    return False
 
 
 def redact(text: str) -> str:
@@ -63,6 +70,7 @@ class Source:
 
     Attributes:
         closed: ends what is under way.
+        given_up: the same, as long as it says so.
 
     Raises:
         Refused: fsspec does not read such a URL, or its driver is not installed.
@@ -71,7 +79,7 @@ class Source:
     def __init__(self, url: str, *, folder: Path, attempts: int, gone_attempts: int, backoff_s: float, stall_s: float):
         self._url, self._shown, self._folder, self._scheme = url, redact(url), folder, url.partition("://")[0].lower()
         self._attempts, self._gone_attempts, self._backoff_s, self._stall_s = attempts, gone_attempts, backoff_s, stall_s
-        self.closed = threading.Event()
+        self.closed, self.given_up = threading.Event(), never
         self._kind = self._find_kind()
         self.disconnect()
 
@@ -99,9 +107,12 @@ class Source:
                     f"  remedy: Start the same command again; the cache is {self._folder.parent}; delete {self._folder / name} if it is damaged.")
 
     def pause(self, seconds: float) -> None:
-        """Sleep; a Failure as soon as the source is closed."""
-        if self.closed.wait(seconds):
-            raise Failure(f"{self._shown} was closed while a file was being fetched.")
+        """Sleep; a Failure as soon as the source is closed, or what it fetches is given up."""
+        deadline = time.monotonic() + seconds
+        while not self.closed.wait(min(HEED_S, max(0.0, deadline - time.monotonic()))) and not self.given_up():
+            if time.monotonic() >= deadline:
+                return
+        raise Failure(f"{self._shown} was closed while a file was being fetched.")
 
     def _retry(self, name: str, action: Callable[[], T]) -> T:
         num_final = 0

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import ROW_MASK, SHIFT, Order
+from harness.data.passed import Passed
 from harness.data.rows import RowTable
 from harness.errors import HarnessError
 
@@ -82,12 +84,14 @@ class GlobalBatch:
         trained_tokens: of the whole global batch, over all ranks.
         rows: real rows of the whole global batch.
         first_position: of the global batch in the order of training.
+        end: the cursor after it: one more than its last position.
     """
 
     micro_batches: list[Batch]
     trained_tokens: int
     rows: int
     first_position: int
+    end: int
 
 
 class TokenReader:
@@ -138,11 +142,13 @@ class TrainLoader:
         start: rows consumed before.
         total_rows: rows of the whole run, after which it ends; None is endless.
         first_row: rows that were consumed before this order began.
+        passed: positions that are left out.
         pinned: give arrays in page-locked memory, from which a GPU copies without waiting.
 
     Attributes:
         wait_seconds: how long the last batch was waited for.
         error: why no batch could be read, once that is so; empty rows follow.
+        closed: ends the thread, and what it fetches.
     """
 
     table: RowTable | MixedTable
@@ -154,23 +160,19 @@ class TrainLoader:
     start: int = 0
     total_rows: int | None = None
     first_row: int = 0
+    passed: Passed = Passed()
     pinned: bool = False
     wait_seconds: float = 0.0
     error: HarnessError | None = None
     _block: tuple[int, np.ndarray, np.ndarray] = field(default=(0, np.zeros(0, np.int64), np.zeros(1, np.int64)), repr=False)
     _queue: queue.Queue[Any] = field(default_factory=lambda: queue.Queue(AHEAD), repr=False)
-    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
+    closed: threading.Event = field(default_factory=threading.Event, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
+    _next: list[Any] = field(default_factory=list, repr=False)
+    _waited: float = field(default=0.0, repr=False)
 
     def __iter__(self) -> Iterator[GlobalBatch]:
-        self._thread = threading.Thread(target=self._produce, name="harness-data", daemon=True)
-        self._thread.start()
-        while True:
-            started = time.perf_counter()
-            item = self._queue.get() if self.error is None else self.error
-            self.wait_seconds = time.perf_counter() - started
-            if item is None:
-                return
+        while (item := self._take()) is not None:
             if isinstance(item, HarnessError):
                 self.error = item
                 yield self._filler()
@@ -179,22 +181,44 @@ class TrainLoader:
             else:
                 yield item
 
+    def is_there(self, timeout_s: float) -> bool:
+        """Whether the next batch, or why there is none, is there within a time."""
+        self._begin()
+        if not self._next and self.error is None:
+            started = time.perf_counter()
+            with suppress(queue.Empty):
+                self._next.append(self._queue.get(timeout=timeout_s))
+            self._waited += time.perf_counter() - started
+        return bool(self._next) or self.error is not None
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._produce, name="harness-data", daemon=True)
+            self._thread.start()
+
+    def _take(self) -> Any:
+        started = time.perf_counter()
+        self._begin()
+        item = self._next.pop() if self._next else self._queue.get() if self.error is None else self.error
+        self.wait_seconds, self._waited = self._waited + time.perf_counter() - started, 0.0
+        return item
+
     def _filler(self) -> GlobalBatch:
         """Rows without tokens, with which a rank that cannot read goes along until all ranks know it; what they make of it is forgotten."""
         reader, slots = TokenReader(self.table), self.global_rows // (self.micro_batch * self.dp_size)
         micro = [reader.batch(np.full(self.micro_batch, EMPTY), first_row=0) for _ in range(slots)]
-        return GlobalBatch(micro, 1, self.global_rows, self.start)
+        return GlobalBatch(micro, 1, self.global_rows, self.start, self.start)
 
-    def close(self) -> None:
-        """End the thread."""
-        self._closed.set()
+    def close(self, *, timeout_s: float | None = 5.0) -> None:
+        """End the thread; without a timeout, whatever it takes."""
+        self.closed.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=timeout_s)
 
     def _produce(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
         try:
-            reader, position = TokenReader(self.table), self.start
+            reader, position = TokenReader(self.table), self.passed.jump(self.start)
             while self.total_rows is None or position < self.total_rows:
                 self.table.look_ahead(self.order, position - self.first_row)
                 batch = self.global_batch(reader, position)
@@ -202,13 +226,13 @@ class TrainLoader:
                     batch = replace(batch, micro_batches=[micro.pinned() for micro in batch.micro_batches])
                 if not self._put(batch):
                     return
-                position += batch.rows
+                position = self.passed.jump(batch.end)
             self._put(None)
         except BaseException as error:  # shown by the thread that trains
             self._put(error)
 
     def _put(self, item: Any) -> bool:
-        while not self._closed.is_set():
+        while not self.closed.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
                 return True
@@ -217,14 +241,18 @@ class TrainLoader:
         return False
 
     def global_batch(self, reader: TokenReader, position: int) -> GlobalBatch:
-        """The global batch that starts at `position`, for this rank."""
-        real = self.global_rows if self.total_rows is None else min(self.global_rows, self.total_rows - position)
-        rows = np.full(self.global_rows, EMPTY, np.int64)
-        rows[:real], trained = self._rows(position - self.first_row, real)
+        """The global batch that starts at `position`, or at the next one that is not left out, for this rank."""
+        position = self.passed.jump(position)
+        real = self.global_rows if self.total_rows is None else min(self.global_rows, self.passed.trained(position, self.total_rows))
+        rows, trained, done = np.full(self.global_rows, EMPTY, np.int64), 0, 0
+        spans = self.passed.spans(position, real)
+        for first, count in spans:
+            rows[done : done + count], tokens = self._rows(first - self.first_row, count)
+            done, trained = done + count, trained + tokens
         slots = self.global_rows // (self.micro_batch * self.dp_size)
         firsts = [(slot * self.dp_size + self.dp_rank) * self.micro_batch for slot in range(slots)]
         micro = [reader.batch(rows[first : first + self.micro_batch], first_row=first) for first in firsts]
-        return GlobalBatch(micro, trained, real, position)
+        return GlobalBatch(micro, trained, real, position, sum(spans[-1]))
 
     def _rows(self, first: int, count: int) -> tuple[np.ndarray, int]:
         """The rows at some positions, and their trained tokens; the order is asked for many at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -274,6 +274,16 @@ class MixedTable:
         if any(table.store.is_remote for table in self.tables):
             for which, shards in order.shards_from(position).items():
                 self.tables[which].prefetch(shards, count=2 * order.orders[which].window_shards)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether rows of any set may have to be waited for."""
+        return any(table.may_wait for table in self.tables)
+
+    def heed(self, given_up: Callable[[], bool]) -> None:
+        """Let a wait for a shard end with a Failure when `given_up` says so."""
+        for table in self.tables:
+            table.heed(given_up)
 
     def close(self) -> None:
         """Let go of all shards."""

@@ -11,6 +11,7 @@ import numpy as np
 from harness.config.schema import RunFile
 from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import shard_and_row
+from harness.data.passed import Passed
 from harness.data.plans import wanted
 from harness.data.rows import RowTable
 from harness.data.sets import open_data, open_table
@@ -80,13 +81,14 @@ class Provenance:
         rows_at: rows consumed by the end of each recorded step.
         fingerprint: of the rows that the run trained on.
         first_row: rows that were consumed before their order began.
+        passed: positions that the run left out after spikes.
 
     Raises:
         Refused: when there is no set, or another than those that the run trained on.
     """
 
-    def __init__(self, place: str, run: RunFile, rows_at: dict[int, int], *, fingerprint: str, first_row: int = 0):
-        self.run, self.rows_at, self.first_row = run, dict(sorted(rows_at.items())), first_row
+    def __init__(self, place: str, run: RunFile, rows_at: dict[int, int], *, fingerprint: str, first_row: int = 0, passed: Passed = Passed()):
+        self.run, self.rows_at, self.first_row, self.passed = run, dict(sorted(rows_at.items())), first_row, passed
         try:
             self.table = open_table(place, run.data)
         except HarnessError:
@@ -119,15 +121,18 @@ class Provenance:
         first = max((rows for number, rows in self.rows_at.items() if number < step), default=0)
         if first < self.first_row:
             raise Refused(f"Step {step} was trained before data were appended.", where="--step", remedy="Ask for a later one.")
-        sets, numbers = self.order.draws(first - self.first_row, self.rows_at[step] - first)
+        spans = self.passed.spans(first, self.passed.trained(first, self.rows_at[step]))
+        draws = [self.order.draws(begin - self.first_row, size) for begin, size in spans]
+        sets, numbers = (np.concatenate(part) for part in zip(*draws, strict=True))
+        positions = np.concatenate([np.arange(begin, begin + size) for begin, size in spans])
         own = np.flatnonzero(sets == self.which)
         if not len(own):
             return []
         ids = self.order.orders[self.which].rows(int(numbers[own[0]]), len(own))
         trained = self.table.trained_tokens(ids).tolist()
         return [
-            TrainedRow(first + place, number // self.table.num_rows, self.table.number(row_id), tokens, self._pieces(row_id, tokenizer, longest))
-            for place, number, row_id, tokens in zip(own.tolist(), numbers[own].tolist(), ids.tolist(), trained, strict=True)
+            TrainedRow(place, number // self.table.num_rows, self.table.number(row_id), tokens, self._pieces(row_id, tokenizer, longest))
+            for place, number, row_id, tokens in zip(positions[own].tolist(), numbers[own].tolist(), ids.tolist(), trained, strict=True)
         ]
 
     def steps_of_row(self, row: int) -> list[tuple[int, int | None, int | None]]:
@@ -135,7 +140,7 @@ class Provenance:
 
         Returns:
             (epoch of the set, position, step) for each epoch that the run has begun; the position is None where a mixture never comes to it,
-            the step where it was not reached yet.
+            the step where it was not reached yet, or is passed over (`passed.covers`).
 
         Raises:
             Refused: when the set has no such row.
@@ -151,7 +156,8 @@ class Provenance:
             if epoch and (begun is None or begun + self.first_row >= consumed):
                 return found
             at = None if position is None else position + self.first_row
-            found.append((epoch, at, None if at is None else next((step for step, rows in self.rows_at.items() if rows > at), None)))
+            never = at is None or self.passed.covers(at)
+            found.append((epoch, at, None if never else next((step for step, rows in self.rows_at.items() if rows > at), None)))
 
     def _pieces(self, row_id: int, tokenizer: Any, longest: int) -> list[Piece]:
         number, row = (int(value) for value in shard_and_row(np.asarray(row_id)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -121,6 +121,11 @@ class RowTable:
         return True
 
     @property
+    def may_wait(self) -> bool:
+        """Whether its rows may have to be waited for: they are far away."""
+        return self.store.is_remote
+
+    @property
     def num_rows(self) -> int:
         """Rows of one epoch."""
         return sum(self.summary.rows)
@@ -192,6 +197,10 @@ class RowTable:
                 file for number in dict.fromkeys(coming) if number not in self._open
                 for file in (*self.plans.files(number), wanted(self.index.shards[number].file("arrow")))
             ])
+
+    def heed(self, given_up: Callable[[], bool]) -> None:
+        """Let a wait for a shard end with a Failure when `given_up` says so."""
+        self.store.heed(given_up)
 
     def close(self) -> None:
         """Let go of all shards and end the store's thread."""

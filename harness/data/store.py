@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -90,6 +90,9 @@ class Store(ABC):
 
     def prefetch(self, wanted: Sequence[Wanted]) -> None:
         """What will be needed next, nearest first, instead of what was named before; returns at once."""
+
+    def heed(self, given_up: Callable[[], bool]) -> None:
+        """Let a wait for a file end with a Failure when `given_up` says so."""
 
     def close(self) -> None:
         """Release everything and end the thread."""
@@ -218,6 +221,10 @@ class RemoteStore(Store):
                 self._thread = threading.Thread(target=self._fetch_ahead, name="harness-prefetch", daemon=True)
                 with signals_blocked():
                     self._thread.start()
+
+    def heed(self, given_up: Callable[[], bool]) -> None:
+        """Let a wait for a file end with a Failure when `given_up` says so."""
+        self._source.given_up = given_up
 
     def close(self) -> None:
         """End the thread and whatever is under way, and release everything."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+
+from harness import distributed
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -36,3 +40,36 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a run is asked: to stop, by a signal or by the file `control/stop`, or to save.
+
+    Attributes:
+        run_dir: of the run.
+        stop: set by signals, and here once the file was seen.
+    """
+
+    run_dir: Path
+    stop: StopFlag
+
+    def taken(self, what: str) -> bool:
+        """Whether rank 0 finds the file `control/WHAT`, which is taken away."""
+        path = self.run_dir / "control" / what
+        if distributed.rank() == 0 and path.exists():
+            path.unlink(missing_ok=True)
+            return True
+        return False
+
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop; once it was, it stays so."""
+        if not self.stop and self.taken("stop"):
+            self.stop.reason = "control/stop"
+        return bool(self.stop)
+
+    def asked_of_all(self) -> bool:
+        """The same, but every rank looks for the file: one that waits alone is not told by the others."""
+        if not self.stop and (self.run_dir / "control" / "stop").exists():
+            self.stop.reason = "control/stop"
+        return bool(self.stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from statistics import median
 
 WINDOW, LEAST = 128, 20
@@ -18,11 +19,17 @@ class SpikeWatch:
 
     Args:
         zscore: distance from the median, in standard deviations, from which a loss is a spike.
+        past: losses that were seen before, oldest first.
     """
 
-    def __init__(self, zscore: float):
+    def __init__(self, zscore: float, past: Iterable[float] = ()):
         self.zscore = zscore
-        self._past: deque[float] = deque(maxlen=WINDOW)
+        self._past: deque[float] = deque(past, maxlen=WINDOW)
+
+    @property
+    def past(self) -> list[float]:
+        """The losses that the next one is held against, oldest first."""
+        return list(self._past)
 
     def judge(self, loss: float) -> float | None:
         """The z-score of a loss that is a spike, else None; until there is a past of 20 losses nothing is.

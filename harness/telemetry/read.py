@@ -11,7 +11,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """One object a step, in order of steps.
 
     A step that was done again after a resume counts once, as the later attempt did it, and steps that an attempt did
-    beyond the point from which the next one resumed are left out until they are done again.
+    beyond the point from which the next one resumed, or to which it rolled back itself, are left out until they are done again.
     """
     path = run_dir / "metrics.jsonl"
     by_step: dict[int, dict[str, Any]] = {}
@@ -21,8 +21,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if entry["attempt"] != attempt:
+        back = "rolled_back_from" in entry
+        if entry["attempt"] != attempt or back:
             attempt = entry["attempt"]
-            by_step = {step: kept for step, kept in by_step.items() if step < entry["step"]}
+            last = entry["step"] - ("train/loss" in entry)  # an evaluation that is made up for belongs to the step resumed from
+            by_step = {step: kept for step, kept in by_step.items() if step <= last}
+        if back:
+            continue
         by_step[entry["step"]] = by_step.get(entry["step"], {}) | entry
     return [by_step[step] for step in sorted(by_step)]

@@ -24,11 +24,9 @@ class Recorder:
     """
 
     def __init__(self, run_dir: Path, *, attempt: int, resumed_step: int, total_steps: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.attempt = attempt
+        self.attempt, self._folder = attempt, run_dir / "tensorboard"
         self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._board = self._open_board(resumed_step)
         self._display = Display(total_steps, done=resumed_step)
         self._process = psutil.Process()
 
@@ -36,6 +34,19 @@ class Recorder:
     def open(cls, run_dir: Path, *, attempt: int, main: bool, resumed_step: int, total_steps: int) -> Recorder | Silence:
         """A recorder on the main rank, silence on the others."""
         return cls(run_dir, attempt=attempt, resumed_step=resumed_step, total_steps=total_steps) if main else Silence()
+
+    def _open_board(self, resumed_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def go_back(self, step: int, *, from_step: int, total_steps: int) -> None:
+        """Steps after `step`, up to `from_step`, were taken back: readers leave them out until they are done again."""
+        self._lines.write(json.dumps({"attempt": self.attempt, "step": step, "time": time.time(), "rolled_back_from": from_step}) + "\n")
+        self._lines.flush()
+        self._board.close()
+        self._board = self._open_board(step)
+        self._display.total = total_steps
 
     def hyper_parameters(self, values: dict[str, Any]) -> None:
         """The run file's leaves, as a table."""

@@ -30,4 +30,4 @@ def cut(rows: tuple[np.ndarray, np.ndarray, np.ndarray], *, micro_batch: int, ra
     ids, positions, labels = rows
     firsts = [(slot * ranks + rank) * micro_batch for slot in range(len(ids) // (micro_batch * ranks))]
     micro = [Batch.of(ids[f : f + micro_batch], positions[f : f + micro_batch], labels[f : f + micro_batch], f) for f in firsts]
-    return GlobalBatch(micro, int((labels != UNTRAINED).sum()), len(ids), 0)
+    return GlobalBatch(micro, int((labels != UNTRAINED).sum()), len(ids), 0, len(ids))

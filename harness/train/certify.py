@@ -10,6 +10,7 @@ from harness import distributed
 from harness.checkpoint import certificate
 from harness.config.schema import RunFile
 from harness.data.loader import eval_batches
+from harness.data.passed import Passed
 from harness.data.rows import RowTable
 from harness.data.sets import RunData
 from harness.errors import CheckFailed, HarnessError
@@ -22,7 +23,7 @@ from harness.world import Grid
 if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
     from harness.formats.manifest import Manifest
-    from harness.train.loop import Progress
+    from harness.train.progress import Progress
 
 PROBE_ROWS = 2
 
@@ -85,7 +86,8 @@ class Witness:
         if "schedule" in unchanged and saved.groups and saved.groups[0].lr != (lr := schedule.lr(progress.step)):
             problems.append(f"the learning rate of step {progress.step} would be {lr!r} instead of {saved.groups[0].lr!r}")
         whole = distributed.broadcast_object(self.data.is_whole)
-        if whole and saved.rows is not None and "order" in unchanged and self.grid.rank == 0:
+        same_rows = "order" in unchanged and progress.passed == manifest.state.get("passed", [])
+        if whole and saved.rows is not None and same_rows and self.grid.rank == 0:
             problems += certificate.row_problems(saved.rows, self.rows(order, progress, count=saved.rows.count))
         if whole and saved.probe is not None:
             problems += certificate.probe_problems(saved.probe, self.probe(), precision=self.run.train.precision)
@@ -124,7 +126,7 @@ class Witness:
 
     def rows(self, order: Any, progress: Progress, *, count: int) -> NextRows:
         """The rows that come next."""
-        return certificate.next_rows(order, first=progress.rows, count=count, begin=progress.first_row)
+        return certificate.next_rows(order, first=progress.rows, count=count, begin=progress.first_row, passed=Passed.of(progress.passed))
 
     def probe(self) -> Probe:
         """The loss on the first rows of the first validation set. Collective."""

@@ -15,7 +15,7 @@ from harness.log import say
 
 if TYPE_CHECKING:
     from harness.formats.manifest import Manifest
-    from harness.train.loop import Progress
+    from harness.train.progress import Progress
 
 FILE = "data.json"
 
@@ -60,10 +60,16 @@ class Changes:
         state = found[1].state if found else {}
         return state.get("rows" if self.appended else "first_row", 0)
 
+    def passed(self, found: tuple[Path, Manifest] | None) -> list[list[int]]:
+        """Rows that are left out; those that appended data came before mean other rows now."""
+        state = found[1].state if found else {}
+        return [pair for pair in state.get("passed", []) if not self.appended or pair[0] < state["rows"]]
+
     def accept(self, progress: Progress) -> None:
         """Begin a new epoch over appended data, and remember what is trained on from now."""
         if self.appended:
             progress.first_row = progress.rows
+            progress.passed = [pair for pair in progress.passed if pair[0] < progress.rows]
             say(f"Going on with appended data: {self.appended}; a new epoch over all rows begins at row {progress.rows:,}.")
         if distributed.rank() == 0:
             if self.appended:

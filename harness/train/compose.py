@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed, log
-from harness.checkpoint import commit, read
+from harness.checkpoint import commit
 from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge
 from harness.config.load import Loaded
 from harness.config.schema import RunFile
-from harness.data.loader import TrainLoader, eval_batches
+from harness.data.loader import eval_batches
 from harness.data.mixture import MixedTable
+from harness.data.passed import Passed
 from harness.data.rows import RowTable
 from harness.data.provenance import origins
 from harness.data.sets import RunData, open_data
@@ -28,15 +27,18 @@ from harness.log import say
 from harness.model.configure import load_config, load_tokenizer
 from harness.resilience.agreement import Agreement
 from harness.resilience.guard import Guard, show_stacks_on_request
-from harness.resilience.signals import StopFlag
+from harness.resilience.hearing import Hearing
+from harness.resilience.signals import Requests, StopFlag
 from harness.telemetry.recorder import Recorder
 from harness.train.attempt import Attempt
 from harness.train.certify import Witness
 from harness.train.changes import Changes
+from harness.train.course import Course
 from harness.train.evaluate import Evaluation, evaluate
-from harness.train.loop import Progress, Trainer
+from harness.train.loop import Trainer
+from harness.train.progress import Progress
+from harness.train.rollback import WayBack, load
 from harness.train.saving import Saver
-from harness.train.schedule import Schedule
 from harness.world import Grid, World
 
 if TYPE_CHECKING:
@@ -44,37 +46,6 @@ if TYPE_CHECKING:
 
     from harness.engine.common import CommonEngine
     from harness.formats.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is.
-
-    Attributes:
-        steps: optimizer steps in all, those done included.
-        total_rows: rows after which only empty ones follow, or None when the run is counted in steps.
-    """
-
-    steps: int
-    total_rows: int | None
-
-
-def run_length(run: RunFile, *, rows_per_epoch: int, batch_rows: int, done: Progress) -> Length:
-    """The length of a run that may have been cut differently so far."""
-    if run.train.steps is not None:
-        return Length(run.train.steps, None)
-    total_rows = math.ceil(run.train.epochs * rows_per_epoch)
-    return Length(done.step + math.ceil(max(0, total_rows - done.rows) / batch_rows), total_rows)
-
-
-def build_schedule(run: RunFile, *, steps: int, rows_per_epoch: int, batch_rows: int) -> Schedule:
-    """The learning rate's course over `steps` optimizer steps."""
-    settings = run.optimizer
-    warmup = settings.warmup_steps or 0
-    if settings.warmup_epochs is not None:
-        warmup = math.ceil(settings.warmup_epochs * rows_per_epoch / batch_rows)
-    decay = settings.decay_steps if settings.decay_steps is not None else max(1, steps // 10)
-    return Schedule(settings.schedule, settings.lr, steps, warmup, decay, settings.min_lr_share)
 
 
 def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | None) -> Evaluation:
@@ -113,60 +84,74 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         attempt.write_deepspeed(ds_config)
     found = _newest_checkpoint(run.run_path)
     changes = Changes.since(run, data, found)
-    _note(run.run_path, "start", attempt=number, began=began(), ranks=world.size, host=world.host, rows=table.fingerprint, first_row=changes.first_row(found))
+    _note(run.run_path, "start", attempt=number, began=began(), ranks=world.size, host=world.host, rows=table.fingerprint,
+          first_row=changes.first_row(found), passed=changes.passed(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     _check_room(run, engine)
     mark("load")
     progress = _resume(engine, found, run)
     changes.accept(progress)
-    rows_per_epoch = table.num_rows if table.is_whole else 0
-    length = run_length(run, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows, done=progress)
-    recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=length.steps)
+    requests = Requests(run.run_path, stop)
+    hearing = Hearing(requests.asked, device, requests.asked_of_all)
+    for rows in data.validation.values():
+        rows.heed(hearing.gives_up)
+
+    def ahead(progress: Progress) -> Course:
+        return Course.ahead(run, table, grid, batch, progress, pinned=use_gpu)
+
+    course = ahead(progress)
+    recorder = Recorder.open(run.run_path, attempt=attempt.number, main=world.is_main, resumed_step=progress.step, total_steps=course.total_steps)
     recorder.hyper_parameters(attempt.hyper_parameters())
-    loader = TrainLoader(
-        table, table.order(seed=run.train.seed, window_shards=run.data.window_shards), dp_rank=grid.dp_rank, dp_size=grid.dp_size,
-        micro_batch=batch.micro_batch, global_rows=batch.rows, start=progress.rows, total_rows=length.total_rows, first_row=progress.first_row,
-        pinned=use_gpu,
-    )
-    schedule = build_schedule(run, steps=length.steps, rows_per_epoch=rows_per_epoch, batch_rows=batch.rows)
+
+    def note(kind: str, **facts: Any) -> None:
+        _note(run.run_path, kind, **facts)
+
     witness = Witness(run, engine, data, grid, batch.rows)
     saver = Saver(run, engine, witness, world, recorder, ds_config, attempt=number, stands=progress.step)
     trainer = Trainer(
-        run=run, engine=engine, loader=loader, schedule=schedule,
-        total_steps=length.steps, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device), stop=stop, recorder=recorder,
-        evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch),
-        answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens),
-        saver=saver, save_requested=lambda: _asked(run.run_path, "save") or saver.is_due(),
-        stop_requested=lambda: _asked(run.run_path, "stop"),
-        quarantine=lambda step, first, last: _quarantine(run, step, first - progress.first_row, last - progress.first_row), note=lambda kind, **facts: _note(run.run_path, kind, **facts),
-        progress=progress,
+        run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device),
+        hearing=hearing, recorder=recorder,
+        evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch, hearing),
+        answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens, hearing=hearing),
+        stop=stop, saver=saver, save_requested=lambda: requests.taken("save") or saver.is_due(),
+        go_back=WayBack(engine, lambda: _newest_checkpoint(run.run_path), ahead, witness, recorder, note),
+        quarantine=lambda progress, step, first, last: _quarantine(run, progress, step, first, last), note=note,
+        progress=progress, is_evaluated=_is_evaluated(run, found, course),
     )
-    _announce(run, engine, batch, table, length, progress)
+    _announce(run, engine, batch, table, course, progress)
     try:
         if found:
-            witness.check(found, progress, order=loader.order, schedule=schedule)
+            witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
         whole = distributed.broadcast_object(data.is_whole)
         if progress.step == 0 and run.evaluation.at_start and not whole:
             say("The evaluation before the first step is left out: the validation set is still being prepared.")
         elif progress.step == 0 and run.evaluation.at_start:
             trainer.first_look()
-        elif progress.step >= length.steps:
-            say(f"The run already has its {length.steps} steps; evaluating its newest checkpoint.")
+        elif progress.step >= course.total_steps and trainer.is_evaluated:
+            say(f"The run already has its {course.total_steps} steps; evaluating its newest checkpoint.")
             return trainer.evaluate()
         return trainer.fit()
     finally:
-        loader.close()
+        trainer.course.loader.close()
         data.close()
         recorder.close()
 
 
-def _evaluate(engine: CommonEngine, data: RunData, grid: Grid, micro_batch: int) -> Evaluation:
+def _is_evaluated(run: RunFile, found: tuple[Path, Manifest] | None, course: Course) -> bool:
+    """Whether a checkpoint has the evaluation that was due at its step; a request to stop may have come before."""
+    if found is None:
+        return True
+    step, every = found[1].step, run.evaluation.every_steps
+    return "eval/loss" in found[1].metrics or not (step >= course.total_steps or (every is not None and step % every == 0))
+
+
+def _evaluate(engine: CommonEngine, data: RunData, grid: Grid, micro_batch: int, hearing: Hearing) -> Evaluation:
     errors: list[HarnessError] = []
     batches = {
         name: eval_batches(rows, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=micro_batch, errors=errors)
         for name, rows in data.validation.items()
     }
-    return evaluate(engine, batches, errors)
+    return evaluate(engine, batches, errors, hearing=hearing)
 
 
 def _nvme_path(run: RunFile, world: World) -> str | None:
@@ -221,11 +206,7 @@ def _check_room(run: RunFile, engine: CommonEngine) -> None:
 def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> Progress:
     if found is None:
         return Progress()
-    folder, manifest = found
-    reader = read.SliceReader(folder, manifest)
-    engine.load_slices(reader.read, step=manifest.adam_step)
-    engine.restore_loss_scale(manifest.loss_scale)
-    progress = Progress.from_state(manifest.state)
+    folder, progress = found[0], load(engine, found)
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
         ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)
@@ -237,33 +218,27 @@ def _note(run_dir: Path, kind: str, **facts: Any) -> None:
         ledger.append(run_dir, kind, **facts)
 
 
-def _quarantine(run: RunFile, step: int, first: int, last: int) -> str:
+def _quarantine(run: RunFile, progress: Progress, step: int, first: int, last: int) -> str:
     """Write which documents a step was trained on; the tables of the loader's thread are left alone."""
     path = run.run_path / "quarantine.jsonl"
     if distributed.rank() == 0:
-        data = open_data(run)
-        ids = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards).rows(first, last - first)
+        data, passed = open_data(run), Passed.of(progress.passed)
+        order, count = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards), passed.trained(first, last)
+        ids = passed.rows(order, first, count, begin=progress.first_row)
+        places = [place for begin, size in passed.spans(first, count) for place in range(begin, begin + size)]
         with open(path, "a", encoding="utf-8") as lines:
-            for place, row_id in enumerate(ids.tolist()):
+            for place, row_id in zip(places, ids.tolist(), strict=True):
                 documents = [{"file": file, "row": row} for file, row in origins(data.train, row_id)]
-                lines.write(json.dumps({"step": step, "position": first + place, "documents": documents}, ensure_ascii=False) + "\n")
+                lines.write(json.dumps({"step": step, "position": place - progress.first_row, "documents": documents}, ensure_ascii=False) + "\n")
         data.close()
     return str(path)
 
 
-def _asked(run_dir: Path, what: str) -> bool:
-    request = run_dir / "control" / what
-    if distributed.rank() == 0 and request.exists():
-        request.unlink(missing_ok=True)
-        return True
-    return False
-
-
-def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, length: Length, progress: Progress) -> None:
+def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, course: Course, progress: Progress) -> None:
     from harness.model.build import num_parameters
 
     stages = f" in {run.engine.pipeline_stages} pipeline stages" if run.engine.pipeline_stages > 1 else ""
     attention = engine.config._attn_implementation.removeprefix("harness_")
     say(f"{num_parameters(engine.whole_model()):,} parameters{stages}, {run.engine.deepspeed}, {run.train.precision}, {attention} attention; {batch.text()}")
     rows = f"{table.num_rows:,} rows an epoch, {table.filled_share:.1%} filled" if table.is_whole else "rows are still being made"
-    say(f"{rows}; steps {progress.step} to {length.steps}")
+    say(f"{rows}; steps {progress.step} to {course.total_steps}")

@@ -12,6 +12,7 @@ import torch
 from harness import distributed
 from harness.errors import HarnessError
 from harness.resilience.agreement import fail_together
+from harness.resilience.hearing import Hearing, Interrupted
 
 if TYPE_CHECKING:
     from harness.data.loader import Batch
@@ -51,18 +52,24 @@ class Evaluation:
         return own | {tag.replace("eval/", f"eval/{name}/"): value for name, one in self.by_set.items() for tag, value in one.metrics().items()}
 
 
-def evaluate(engine: CommonEngine, sets: dict[str, Iterable[Batch]], errors: Sequence[HarnessError] = ()) -> Evaluation:
+def evaluate(
+    engine: CommonEngine, sets: dict[str, Iterable[Batch]], errors: Sequence[HarnessError] = (), *, hearing: Hearing | None = None
+) -> Evaluation:
     """Run every batch of every set; all ranks must hold equally many. Several sets are also told apart by their names.
 
     Args:
         engine: the engine.
         sets: batches by the name of the set.
         errors: filled by the batches while they are read.
+        hearing: of requests to stop, which end it; without one it is not to be stopped.
 
     Raises:
+        Interrupted: on all ranks, when one of them was asked to stop.
         Failure: on all ranks, when one of them could not read its rows.
     """
-    sums = torch.stack([engine.eval_sums(batches) for batches in sets.values()])
+    sums = torch.stack([engine.eval_sums(hearing.over(batches) if hearing else batches) for batches in sets.values()])
+    if hearing and hearing.now():  # before what a request has kept from being read counts as an error
+        raise Interrupted
     packed = torch.cat([sums.flatten(), torch.tensor([float(len(errors))], dtype=sums.dtype, device=sums.device)])
     distributed.all_reduce_sum(packed)
     if packed[-1] > 0:

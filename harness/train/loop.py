@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.config.schema import RunFile
 from harness.errors import AnomalyStop, StopRequested
 from harness.heartbeat import mark, spent
 from harness.log import say
 from harness.resilience.agreement import Agreement, fail_together
+from harness.resilience.hearing import Hearing, Interrupted
 from harness.resilience.signals import StopFlag
 from harness.resilience.spikes import SpikeWatch
 from harness.train.evaluate import Evaluation
-from harness.train.schedule import Schedule
+from harness.train.progress import Progress
 
 if TYPE_CHECKING:
-    from harness.data.loader import GlobalBatch, TrainLoader
+    from harness.data.loader import GlobalBatch
+    from harness.train.course import Course
     from harness.engine.steps import StepResult
     from harness.engine.common import CommonEngine
     from harness.telemetry.recorder import Recorder
     from harness.train.saving import Saver
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        rows: rows consumed: the cursor.
-        first_row: rows that were consumed before the order in force began; above 0 once appended data were accepted.
-        trained_tokens: trained tokens so far.
-        best_loss: lowest evaluation loss so far.
-        best_step: its step.
-        bad_evaluations: evaluations since the best.
-    """
-
-    step: int = 0
-    rows: int = 0
-    first_row: int = 0
-    trained_tokens: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-    bad_evaluations: int = 0
-
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
-        return {key: (None if value == math.inf else value) for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Progress:
-        """From JSON."""
-        return cls(**{**state, "best_loss": math.inf if state["best_loss"] is None else state["best_loss"]})
 
 
 @dataclass
@@ -72,103 +41,159 @@ class OpenStep:
     first_row: int
 
 
+class Spike(Exception):  # noqa: N818 (told as what it is)
+    """Raised on all ranks when a step is to be taken back."""
+
+    def __init__(self, step: OpenStep, told: str):
+        self.step, self.told = step, told
+
+
 @dataclass
 class Trainer:
-    """What the loop uses, built and handed over by the composition root."""
+    """What the loop uses, built and handed over by the composition root; `is_evaluated` unless an evaluation that was due is to be made up for."""
 
     run: RunFile
     engine: CommonEngine
-    loader: TrainLoader
-    schedule: Schedule
-    total_steps: int
+    course: Course
     rows_per_epoch: Callable[[], int | None]
     agreement: Agreement
+    hearing: Hearing
     stop: StopFlag
     recorder: Recorder
     evaluate: Callable[[], Evaluation]
     answer: Callable[[], list[tuple[str, str]]]
     saver: Saver
     save_requested: Callable[[], bool]
-    stop_requested: Callable[[], bool]
-    quarantine: Callable[[int, int, int], str]
+    go_back: Callable[[Progress, Course, OpenStep], tuple[Progress, Course]]
+    quarantine: Callable[[Progress, int, int, int], str]
     note: Callable[..., None]
     progress: Progress
+    is_evaluated: bool
 
     def fit(self) -> Evaluation:
-        """Train to the end.
+        """Train to the end, through every rollback.
 
         Returns:
             the evaluation of the last step.
 
         Raises:
             StopRequested: when a rank was asked to stop; after a save, if there was time for one.
+            AnomalyStop: when the numbers went wrong.
         """
-        last = None
-        clock = time.perf_counter()
-        mark("data")
-        for batch in self.loader:
-            lr = self.schedule.lr(self.progress.step + 1)
+        while True:
+            try:
+                return self._train()
+            except Spike as spike:
+                self._go_back(spike)
+
+    def _train(self) -> Evaluation:
+        if self.hearing.now():
+            self._stop()
+        ended = False if self.is_evaluated else self._boundary({"save"})
+        self.is_evaluated = True
+        self._restart_clock()
+        batches = iter(self.course.loader)
+        while not ended:
+            mark("data")
+            if self.course.loader.table.may_wait and not self.hearing.until_all(self.course.loader.is_there):
+                self._stop()
+            batch = next(batches)
+            lr = self.course.schedule.lr(self.progress.step + 1)
             result = self.engine.train_step(batch, step=self.progress.step + 1, lr=lr)
             mark("reduce")
             asked = self._settle()
             self._advance(batch, result)
             now = time.perf_counter()
-            self._open(batch, result, lr=lr, seconds=now - clock - self._stood_s)
-            clock, self._stood_s, unsaved = now, 0.0, ""
-            at_end = self.progress.step >= self.total_steps
-            if self._due(self.run.evaluation.every_steps) or at_end:
-                asked |= self._settle()
-                last = self._evaluate()
-            over = at_end or self._out_of_patience()
-            if asked or over or self._due(self.run.checkpoint.every_steps) or self._is_new_best(last):
-                asked |= self._settle()
-                mark("save")
-                unsaved = self._save(last.metrics() if last and self._evaluated_now else {}, stop="stop" in asked, over=over)
-                clock, self._stood_s = time.perf_counter(), 0.0
-            if "stop" in asked:
-                raise StopRequested(f"Stopped on request after step {self.progress.step}{unsaved}; start the same command again to go on.")
-            if over:
-                break
-            clock = time.perf_counter() if self._evaluated_now else clock
-            mark("data")
-        assert last is not None, "a run has at least one step"
-        return last
+            self._open(batch, result, lr=lr, seconds=now - self._clock - self._stood_s)
+            self._clock, self._stood_s = now, 0.0
+            ended = self._boundary(asked)
+        assert self._last is not None, "a run ends with an evaluation"
+        return self._last
+
+    def _boundary(self, asked: set[str]) -> bool:
+        """Evaluate, save and stop where that is due after a step; whether the run is over."""
+        at_end = self.progress.step >= self.course.total_steps
+        if self._due(self.run.evaluation.every_steps) or at_end:
+            asked |= self._settle()
+            if "stop" not in asked and not self._evaluate():
+                asked.add("stop")
+        ended = self._evaluated_now and (at_end or self._out_of_patience())
+        if asked or ended or self._due(self.run.checkpoint.every_steps) or self._is_new_best():
+            asked |= self._settle()
+            if "stop" in asked and not ended:
+                self._stop()
+            self._save(last=ended)
+        return ended
+
+    def _save(self, *, last: bool) -> None:
+        mark("save")
+        self.saver.save(self.progress, self._last.metrics() if self._last and self._evaluated_now else {}, last=last)
+        self._restart_clock()
+
+    def _stop(self) -> NoReturn:
+        """Leave nothing behind that is not saved, if there is time for it. All ranks are at the same place, after a whole step.
+
+        Raises:
+            StopRequested: always.
+        """
+        self._settle()
+        self.saver.finish()
+        late = ""
+        if self.saver.stands != self.progress.step and not (late := self.saver.no_time(self.stop.left_s(self.run.checkpoint.grace_seconds))):
+            self._save(last=True)
+        done = f"after step {self.progress.step}" if self.progress.step else "before the first step"
+        raise StopRequested(f"Stopped on request {f'{done} {late}'.strip()}; start the same command again to go on.")
+
+    def _go_back(self, spike: Spike) -> None:
+        """Take back a step, and all since the last checkpoint."""
+        self.saver.finish()
+        if self.progress.rollbacks >= self.run.train.max_rollbacks:
+            raise AnomalyStop(f"{spike.told}. The run has rolled back {self.progress.rollbacks} times (train.max_rollbacks); the last checkpoint stands.")
+        mark("load")
+        self.progress, self.course = self.go_back(self.progress, self.course, spike.step)
+        self._watch = SpikeWatch(self.run.train.spike_zscore, self.progress.past_losses)
+        self._last, self._evaluated_at, self._skipped = None, -1, 0
+
+    def _restart_clock(self) -> None:
+        """What was done since the last step is no part of the next one."""
+        self._clock, self._stood_s = time.perf_counter(), 0.0
 
     def first_look(self) -> None:
-        """Evaluate before the first step; it sets no record, for there is nothing to save."""
-        self._record(self.evaluate())
+        """Evaluate before the first step; it sets no record, for there is nothing to save.
+
+        Raises:
+            StopRequested: when a rank was asked to stop.
+        """
+        try:
+            self._record(self.evaluate(), self.answer())
+        except Interrupted:
+            self._stop()
 
     @property
     def _evaluated_now(self) -> bool:
         return self._evaluated_at == self.progress.step
 
     def __post_init__(self) -> None:
-        self._watch = SpikeWatch(self.run.train.spike_zscore)
+        self._watch = SpikeWatch(self.run.train.spike_zscore, self.progress.past_losses)
 
     _skipped: int = 0
     _is_running: bool = False
     _evaluated_at: int = -1
+    _clock: float = 0.0
     _stood_s: float = 0.0
     _pending: OpenStep | None = None
-
-    def _save(self, metrics: dict[str, float], *, stop: bool, over: bool) -> str:
-        """Begin a checkpoint, or make the last one; returns why not, where a signal leaves no time for it."""
-        self.saver.finish()
-        if stop and (late := self.saver.no_time(self.stop.left_s(self.run.checkpoint.grace_seconds))):
-            return f" {late}"
-        self.saver.save(self.progress, metrics, last=stop or over)
-        return ""
+    _last: Evaluation | None = None
 
     def _advance(self, batch: GlobalBatch, result: StepResult) -> None:
         self.progress.step += 1
-        self.progress.rows += batch.rows
+        self.progress.rows = batch.end
         self.progress.trained_tokens += result.trained_tokens
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
-    def _is_new_best(self, last: Evaluation | None) -> bool:
-        return self.run.checkpoint.keep_best and last is not None and self._evaluated_now and self.progress.best_step == self.progress.step
+    def _is_new_best(self) -> bool:
+        return self.run.checkpoint.keep_best and self._evaluated_now and self.progress.best_step == self.progress.step
 
     def _out_of_patience(self) -> bool:
         patience = self.run.evaluation.patience
@@ -177,12 +202,12 @@ class Trainer:
     def _open(self, batch: GlobalBatch, result: StepResult, *, lr: float, seconds: float) -> None:
         """Offer this step's sums to the other ranks."""
         self.agreement.offer(
-            result.loss_sum, result.aux_loss_sum, stop=bool(self.stop) or self.stop_requested(), save=self.save_requested(), failed=self.loader.error is not None,
-            writing=self.saver.writing, busy_s=result.busy_s, window_s=result.window_s,
+            result.loss_sum, result.aux_loss_sum, stop=self.hearing.asked(), save=self.save_requested(),
+            failed=self.course.loader.error is not None, writing=self.saver.writing, busy_s=result.busy_s, window_s=result.window_s,
         )
         positions = batch.rows * self.run.data.sequence_length
-        first = self.progress.rows - batch.rows
-        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, self.loader.wait_seconds, positions, first)
+        waited = self.course.loader.wait_seconds
+        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, waited, positions, batch.first_position)
 
     def _settle(self) -> set[str]:
         """Collect the sums of the step before, record it, and say what the ranks agreed to do.
@@ -190,6 +215,7 @@ class Trainer:
         Raises:
             Failure: on all ranks, when one of them had no rows for that step, before anything of it is recorded or saved.
             AnomalyStop: on all ranks, when its loss was a spike, or the last of too many that were not finite, and that is to stop the run.
+            Spike: on all ranks, when it is to be taken back.
         """
         agreed, step = self.agreement.collect(), self._pending
         self._pending = None
@@ -197,7 +223,7 @@ class Trainer:
             return set()
         if agreed.failed:
             self.saver.finish()
-            fail_together(self.loader.error)
+            fail_together(self.course.loader.error)
         if not agreed.writing:
             self._finish_save()
         metrics = {
@@ -237,28 +263,37 @@ class Trainer:
             self.saver.finish()
             raise AnomalyStop(f"The gradient was not finite in {self._skipped} steps in a row, up to step {step.step}; none of them was applied.")
         score = self._watch.judge(loss) if settings.spikes != "ignore" else None
+        self.progress.past_losses = self._watch.past
         if score is None:
             return
         told = f"step {step.step}: the loss {loss:.4f} is {score:.0f} standard deviations above its recent past"
-        place = self.quarantine(step.step, step.first_row, step.rows)
+        place = self.quarantine(self.progress, step.step, step.first_row, step.rows)
         self.note("anomaly", step=step.step, reason=told, loss=loss, zscore=round(score, 1))
         if settings.spikes == "stop":
             self.saver.finish()
             raise AnomalyStop(f"{told[0].upper()}{told[1:]}. Its documents are in {place}; the last checkpoint stands.")
         say(f"{told}; its documents are in {place}")
+        if settings.spikes == "rollback":
+            raise Spike(step, f"{told[0].upper()}{told[1:]}")
 
-    def _evaluate(self) -> Evaluation:
-        """Evaluate, answer the fixed prompts, and keep count of the best."""
-        evaluation, step = self.evaluate(), self.progress.step
-        self._evaluated_at = step
-        self._record(evaluation)
+    def _evaluate(self) -> bool:
+        """Evaluate, answer the fixed prompts, and keep count of the best; False where a request to stop came first, and nothing is recorded."""
+        try:
+            evaluation, answers = self.evaluate(), self.answer()
+        except Interrupted:
+            say(f"step {self.progress.step}: the evaluation is left off on request; it is made up for when the run goes on")
+            return False
+        step = self.progress.step
+        self._last, self._evaluated_at = evaluation, step
+        self._record(evaluation, answers)
         if evaluation.loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step, self.progress.bad_evaluations = evaluation.loss, step, 0
         else:
             self.progress.bad_evaluations += 1
-        return evaluation
+        self._restart_clock()
+        return True
 
-    def _record(self, evaluation: Evaluation) -> None:
+    def _record(self, evaluation: Evaluation, answers: list[tuple[str, str]]) -> None:
         step = self.progress.step
         self.recorder.evaluation(step, evaluation.metrics(), rows=self.progress.rows)
         say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
@@ -268,5 +303,5 @@ class Trainer:
             self.note("imbalance", step=step, reason=held_up)
         if evaluation.by_set:
             say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))
-        for prompt, answer in self.answer():
+        for prompt, answer in answers:
             self.recorder.sample(step, prompt, answer)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
     from harness.engine.holdings import SliceGroup
     from harness.telemetry.recorder import Recorder
-    from harness.train.loop import Progress
+    from harness.train.progress import Progress
 
 FREE_SHARE = 0.8
 """Of the memory that is available, what a copy of the state may take."""

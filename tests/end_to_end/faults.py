@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -13,13 +14,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import yaml
 
 from harness.formats import ledger
 from harness.formats.outcome import Outcome, read_outcome
 from harness.telemetry.read import read_metrics
+from harness.testing.models import tiny_architecture
 
 POLL_S = 0.02
 RANK = ["-m", "harness", "train"]
+
+
+def write_run(folder: Path, train: list[dict], held: list[dict], **sections: dict) -> Path:
+    """A run file in `folder` for a tiny GPT-2 on two ranks, on examples with `question` and `answer`; `sections` add to its own or replace."""
+    for name, lines in (("pairs", train), ("held", held)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values: dict = {
+        "run_dir": str(folder / "run"),
+        "data": {
+            "dir": str(folder / "data"), "train": {"path": str(folder / "pairs.jsonl")}, "validation": {"path": str(folder / "held.jsonl")},
+            "shape": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}, "sequence_length": 64,
+            "train_tokenizer": {"vocab_size": 320}, "packing": "none",
+        },
+        "model": {"architecture": tiny_architecture("gpt2", width=64, dropout=0.1)},
+        "train": {"steps": 8, "global_batch_rows": 4, "micro_batch": 1, "precision": "fp32"},
+        "optimizer": {"lr": 3e-3, "schedule": "constant"}, "engine": {"deepspeed": "zero1", "device": "cpu"},
+        "evaluation": {"every_steps": 4}, "checkpoint": {"every_steps": 4, "keep_last": 9}, "launch": {"ranks": 2},
+    }
+    for name, section in sections.items():
+        values[name] = values[name] | section
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def losses(run_dir: Path) -> dict[int, float]:

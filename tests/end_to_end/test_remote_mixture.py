@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import re
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from harness.telemetry.read import read_metrics
 from harness.testing.server import Server, serving
 from tests.data.conftest import make_run, write_pairs
 from tests.end_to_end.conftest import harness
-from tests.end_to_end.faults import losses
+from tests.end_to_end.faults import assert_same, launched, losses, running
 from tests.end_to_end.test_whole_chain import _kill_after
 
 pytest.importorskip("aiohttp", reason="fsspec reads http:// through aiohttp")
@@ -159,3 +161,35 @@ def test_killed_and_resumed_on_one_then_on_four_ranks(mixture_file, tmp_path, se
     assert len(expected) == 30 and found == pytest.approx(expected, rel=1e-5)
     attempts = {line["attempt"] for line in read_metrics(tmp_path / "run")}
     assert attempts == {1, 2, 3}, "all three attempts trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_stop_is_heard_while_rows_are_waited_for(mixture_file, tmp_path, server, part):
+    """A shard that does not come, for training or in an evaluation: code 75 within seconds, and the same losses after the resume."""
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    words = ["train.steps=20", "evaluation.every_steps=10"]
+    launched(mixture_file, whole, *words)
+    fetched = [name for name in server.gets if re.search(rf"drugs/{part}/shard-\d+\.arrow$", name)]
+    late = fetched[len(fetched) // 2]
+    shutil.rmtree(tmp_path / "cache")
+    server.faults[late] = ["stall", "stall", "stall"]
+    with running(mixture_file, run_dir, *words) as it:
+        it.until(lambda: not server.faults[late] or len(server.faults[late]) < 3)
+        seen: dict[int, float] = {}
+
+        def waits() -> bool:
+            before, now = dict(seen), losses(run_dir)
+            seen.update(now)
+            time.sleep(2.0)
+            return before == now
+
+        it.until(waits)
+        started = time.monotonic()
+        it.strike(signal.SIGTERM)
+        assert it.end() == 75 and time.monotonic() - started < 12, it.output
+        assert it.outcome().state == "stopped" and "Traceback" not in it.output
+        assert 20 not in losses(run_dir)
+    server.faults[late] = []
+    launched(mixture_file, run_dir, *words)
+    assert_same(run_dir, whole)

@@ -16,7 +16,7 @@ from harness.formats.manifest import read_manifest
 from harness.testing.models import VOCABULARY, tiny_config
 from harness.testing.rows import cut, random_rows
 from harness.train.certify import Witness
-from harness.train.loop import Progress
+from harness.train.progress import Progress
 from harness.train.schedule import Schedule
 from tests.data.conftest import make_run, write_pairs
 from tests.engine import work

@@ -60,6 +60,34 @@ def test_a_resumed_attempt_replaces_what_it_does_again(tmp_path):
     assert [(e.step, e.value) for e in _board(tmp_path).Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
 
 
+def test_a_rollback_takes_steps_back_until_they_are_done_again(tmp_path):
+    recorder = _recorder(tmp_path)
+    for step in range(1, 7):
+        recorder.step(step, _step(float(step)), rows=step)
+    recorder.evaluation(4, {"eval/loss": 2.5}, rows=4)
+    recorder.go_back(4, from_step=6, total_steps=9)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    recorder.step(5, _step(50.0), rows=6)
+    recorder.close()
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+    assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == expected
+    assert read_metrics(tmp_path)[3]["eval/loss"] == 2.5
+    assert [(event.step, event.value) for event in _board(tmp_path).Scalars("train/loss")] == expected
+
+
+def test_an_evaluation_that_is_made_up_for_joins_its_step(tmp_path):
+    first = _recorder(tmp_path)
+    for step in range(1, 5):
+        first.step(step, _step(float(step)), rows=step)
+    first.close()
+    second = _recorder(tmp_path, attempt=2, resumed_step=4)
+    second.evaluation(4, {"eval/loss": 2.5}, rows=4)
+    second.step(5, _step(5.0), rows=5)
+    second.close()
+    lines = read_metrics(tmp_path)
+    assert [line["train/loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0, 5.0] and lines[3]["eval/loss"] == 2.5
+
+
 def test_a_line_cut_short_is_left_out(tmp_path):
     lines = [json.dumps({"attempt": 1, "step": step, "train/loss": 1.0}) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n" + lines[0][:20])

@@ -14,7 +14,7 @@ from harness.data.loader import TokenReader, TrainLoader
 from harness.data.sets import open_data
 from harness.errors import Refused
 from harness.train.changes import FILE, Changes, describe
-from harness.train.loop import Progress
+from harness.train.progress import Progress
 from tests.data.conftest import make_run, write_pairs
 
 

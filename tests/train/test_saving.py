@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from harness.testing.models import VOCABULARY, tiny_config
 from harness.testing.rows import cut, random_rows
 from harness.train.certify import Witness
 from harness.train.evaluate import Evaluation
-from harness.train.loop import Progress, Trainer
+from harness.train.course import Course
+from harness.train.loop import Trainer
+from harness.train.progress import Progress
 from harness.train.saving import Saver
 from harness.train.schedule import Schedule
 from tests.data.conftest import make_run, write_pairs
@@ -57,13 +60,14 @@ class Rows:
     error, wait_seconds = None, 0.0
 
     def __init__(self, witness: Witness, before: Callable[[int], None]):
-        self.witness, self.before = witness, before
+        self.witness, self.before, self.table = witness, before, witness.data.train
 
     def __iter__(self) -> Iterator[Any]:
         for step in range(1, 100):
             self.before(step)
             rows = random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY)
-            yield cut(rows, micro_batch=2, rank=self.witness.grid.dp_rank, ranks=self.witness.grid.dp_size)
+            batch = cut(rows, micro_batch=2, rank=self.witness.grid.dp_rank, ranks=self.witness.grid.dp_size)
+            yield replace(batch, first_position=(step - 1) * work.ROWS, end=step * work.ROWS)
 
 
 def train(
@@ -75,6 +79,7 @@ def train(
     from harness.data.sets import open_data
     from harness.engine.open import open_engine
     from harness.resilience.agreement import Agreement
+    from harness.resilience.hearing import Hearing
     from harness.resilience.signals import StopFlag
     from harness.world import Grid, World
 
@@ -87,11 +92,17 @@ def train(
     run.run_path.mkdir(exist_ok=True)
     distributed.barrier()
     saver = Saver(run, engine, witness, World(rank=grid.rank, size=grid.ranks), Silence(), merged, attempt=1, stands=0)
+    course = Course(steps, Schedule("constant", work.LR, work.STEPS), Rows(witness, before))
+    stop = StopFlag() if stop is None else stop
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("nothing is taken back here")
+
     return Trainer(
-        run=run, engine=engine, loader=Rows(witness, before), schedule=Schedule("constant", work.LR, work.STEPS), total_steps=steps,
-        rows_per_epoch=lambda: None, agreement=Agreement(engine.device), stop=StopFlag() if stop is None else stop, recorder=Silence(),
-        evaluate=lambda: Evaluation(1.0, 0.5, 1), answer=list, saver=saver, save_requested=lambda: False, stop_requested=lambda: False,
-        quarantine=lambda step, first, last: "", note=lambda kind, **facts: None, progress=Progress(),
+        run=run, engine=engine, course=course, rows_per_epoch=lambda: None, agreement=Agreement(engine.device), recorder=Silence(),
+        hearing=Hearing(lambda: bool(stop), engine.device), stop=stop, evaluate=lambda: Evaluation(1.0, 0.5, 1), answer=list, saver=saver,
+        save_requested=lambda: False, go_back=never, quarantine=lambda progress, step, first, last: "", note=lambda kind, **facts: None,
+        progress=Progress(), is_evaluated=True,
     )
 
 
