@@ -25,7 +25,7 @@ POLL_S = 0.02
 RANK = ["-m", "harness", "train"]
 
 
-def write_run(folder: Path, train: list[dict], held: list[dict], **sections: dict) -> Path:
+def write_run(folder: Path, train: list[dict], held: list[dict], /, **sections: dict) -> Path:
     """A run file in `folder` for a tiny GPT-2 on two ranks, on examples with `question` and `answer`; `sections` add to its own or replace."""
     for name, lines in (("pairs", train), ("held", held)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
