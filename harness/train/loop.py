@@ -16,6 +16,7 @@ from harness.resilience.hearing import Hearing, Interrupted
 from harness.resilience.signals import StopFlag
 from harness.resilience.spikes import SpikeWatch
 from harness.train.evaluate import Evaluation
+from harness.train.opened import OpenStep, Spike
 from harness.train.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,27 +26,6 @@ if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
     from harness.telemetry.recorder import Recorder
     from harness.train.saving import Saver
-
-
-@dataclass
-class OpenStep:
-    """A step whose sums are still on their way between the ranks."""
-
-    step: int
-    rows: int
-    result: StepResult
-    lr: float
-    seconds: float
-    data_wait_seconds: float
-    positions: int
-    first_row: int
-
-
-class Spike(Exception):  # noqa: N818 (told as what it is)
-    """Raised on all ranks when a step is to be taken back."""
-
-    def __init__(self, step: OpenStep, told: str):
-        self.step, self.told = step, told
 
 
 @dataclass
@@ -226,22 +206,7 @@ class Trainer:
             fail_together(self.course.loader.error)
         if not agreed.writing:
             self._finish_save()
-        metrics = {
-            "train/loss": agreed.loss_sum / max(step.result.trained_tokens, 1),
-            "train/tokens": step.result.trained_tokens,
-            "optim/lr": step.lr,
-            "optim/grad_norm": step.result.grad_norm,
-            "optim/skipped": 0 if step.result.applied else 1,
-            "speed/step_seconds": step.seconds,
-            "speed/tokens_per_second": step.positions / max(step.seconds, 1e-9),
-            "speed/data_wait_seconds": step.data_wait_seconds,
-        }
-        if rows := self.rows_per_epoch():
-            metrics["train/epoch"] = step.rows / rows
-        if agreed.aux_loss:
-            metrics["train/aux_loss"] = agreed.aux_loss
-        if agreed.idle_share is not None:
-            metrics["speed/pipeline_idle_share"] = agreed.idle_share
+        metrics = step.metrics(agreed, self.rows_per_epoch())
         self.recorder.step(step.step, metrics, rows=step.rows)
         if not self._is_running:
             self._is_running = True

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.telemetry.recorder import Recorder
     from harness.train.certify import Witness
     from harness.train.course import Course
-    from harness.train.loop import OpenStep
+    from harness.train.opened import OpenStep
 
 
 def load(engine: CommonEngine, found: tuple[Path, Manifest]) -> Progress:

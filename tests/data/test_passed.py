@@ -55,7 +55,7 @@ def test_batches_jump_over_them_and_the_batch_size_may_change_in_between(prepare
         assert batch.trained_tokens == int(table.trained_tokens(ids[new]).sum()) and (batch.first_position, batch.end) == (new[0], new[-1] + 1)
         seen, cursor = seen + new, batch.end
     assert seen == expected
-    told = next_rows(order, first=start, count=8, passed=passed)
+    told = next_rows(order, first=start, count=min(8, len(expected)), passed=passed)
     assert told.digest == digest.of_bytes(ids[expected[:8]].astype("<i8").tobytes())
 
 
