@@ -39,7 +39,7 @@ def write_run(folder: Path, train: list[dict], held: list[dict], /, **sections: 
         "model": {"architecture": tiny_architecture("gpt2", width=64, dropout=0.1)},
         "train": {"steps": 8, "global_batch_rows": 4, "micro_batch": 1, "precision": "fp32"},
         "optimizer": {"lr": 3e-3, "schedule": "constant"}, "engine": {"deepspeed": "zero1", "device": "cpu"},
-        "evaluation": {"every_steps": 4}, "checkpoint": {"every_steps": 4, "keep_last": 9}, "launch": {"ranks": 2},
+        "evaluation": {"every_steps": 4}, "checkpoint": {"every_steps": 4, "keep_last": 9}, "launch": {"ranks": 2, "restarts": 0},
     }
     for name, section in sections.items():
         values[name] = values[name] | section
