@@ -45,6 +45,7 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-timeout", "hypothesis", "py-spy"],
         "remote": ["s3fs", "gcsfs", "aiohttp"],
+        "kubernetes": ["kubernetes"],
     },
     entry_points={"console_scripts": ["harness=harness.cli.main:main"]},
 )

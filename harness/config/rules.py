@@ -12,13 +12,14 @@ from harness.config.load import Loaded
 from harness.errors import Refused
 
 
-def check(loaded: Loaded, *, ranks: int, has_gpu: bool) -> None:
+def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True) -> None:
     """Refuse what is known wrong from the run file alone.
 
     Args:
         loaded: the run file.
         ranks: the ranks that met, or that are planned.
         has_gpu: whether the machine trains on a GPU.
+        here: the run is on this machine; otherwise its folders are not looked at.
 
     Raises:
         Refused: with the first rule that is broken.
@@ -37,9 +38,10 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool) -> None:
     _schedule(loaded)
     config, path = read_deepspeed(loaded)
     _stage_and_pipeline(loaded, config, path)
-    _nvme(loaded, config)
+    _nvme(loaded, config, here)
     _precision(loaded, has_gpu)
-    _run_dir(loaded)
+    if here:
+        _run_dir(loaded)
 
 
 def _one_of(loaded: Loaded, section: str, names: tuple[str, ...]) -> None:
@@ -142,14 +144,15 @@ def _stage_and_pipeline(loaded: Loaded, config: dict[str, Any], path: Path) -> N
         raise Refused("Offload of the optimizer to NVMe needs ZeRO-3.", where=str(path), remedy='Set "stage": 3 or use "device": "cpu".')
 
 
-def _nvme(loaded: Loaded, config: dict[str, Any]) -> None:
+def _nvme(loaded: Loaded, config: dict[str, Any], here: bool) -> None:
     if "nvme" not in (offload_device(config, "optimizer"), offload_device(config, "param")):
         return
     folder = loaded.run.engine.nvme_dir
     where = f"engine.nvme_dir ({loaded.origin('engine.nvme_dir')})"
     if folder is None:
         raise Refused("NVMe offload needs a folder on a local disk.", where="engine.nvme_dir", remedy="Set `engine.nvme_dir`.")
-    _writable(Path(folder), where, "engine.nvme_dir")
+    if here:
+        _writable(Path(folder), where, "engine.nvme_dir")
 
 
 def _precision(loaded: Loaded, has_gpu: bool) -> None:

@@ -200,6 +200,52 @@ class Checkpoint(Section):
     )
 
 
+class Slurm(Section):
+    """A Slurm job: one node starter a node."""
+
+    nodes: Positive = free(1, description="Nodes.")
+    ranks_per_node: Positive = free(1, description="Ranks of each node, with a GPU each unless `engine.device` is cpu.")
+    partition: str | None = free(None)
+    time: str | None = free(None, description="Time limit as sbatch takes it, such as 12:00:00 (quoted) or 1-0; by default the partition's.")
+    account: str | None = free(None)
+    qos: str | None = free(None)
+    cpus_per_node: Positive | None = free(None, description="Cores of each node; by default whole nodes.")
+    grace_seconds: Positive = free(120, description="How long before the time limit the ranks are told to save; also `checkpoint.grace_seconds` there.")
+    extra: list[str] = free([], description="More options of sbatch, one an entry, such as `--constraint=a100`.")
+
+
+class Secret(Section):
+    """A value in a Kubernetes Secret; only its name is ever written."""
+
+    name: str = free(description="Name of the Secret.")
+    key: str = free(description="Key in it.")
+
+
+class Kubernetes(Section):
+    """A Kubernetes job: one node starter a pod."""
+
+    kind: Literal["job", "jobset", "trainjob"] = free("job", description="An Indexed Job, a JobSet, or a TrainJob of Kubeflow Trainer.")
+    image: str | None = free(None, description="Image that holds the harness; a digest says exactly which.")
+    python: str = free("python", description="The interpreter in the image.")
+    name: str | None = free(None, description="Of the job and its service; by default the last part of `run_dir`.")
+    namespace: str = free("default")
+    pods: Positive = free(1)
+    ranks_per_pod: Positive = free(1, description="Ranks of each pod, with a GPU each unless `engine.device` is cpu.")
+    gpu_resource: str = free("nvidia.com/gpu", description="What a GPU is called in the cluster.")
+    resources: dict[str, str] = free({}, description="Other resources of a pod, such as `{cpu: 16, memory: 128Gi}` in quotes.")
+    mounts: dict[str, str] = free({}, description="Path in the pod -> PersistentVolumeClaim, or CLAIM/FOLDER for a part of it; all pods share them.")
+    work_dir: str = free("/workspace", description="Folder in the pod from which relative paths count.")
+    env: dict[str, str] = free({}, description="Variables of the pods, for everyone to read.")
+    secrets: dict[str, Secret] = free({}, description="Variables of the pods whose values stand in Secrets.")
+    pull_secret: str | None = free(None, description="Secret for the image's registry.")
+    service_account: str | None = free(None, description="By default the pods get no credentials of the cluster.")
+    user: Positive = free(1000, description="Number of the user and group that the pods run as; files of claims get that group.")
+    node_selector: dict[str, str] = free({})
+    tolerations: list[dict[str, Any]] = free([], description="As in a pod's specification.")
+    shm_size: str = free("8Gi", description="Shared memory of a pod, for NCCL and data loaders; counts as its memory.")
+    grace_seconds: Positive = free(120, description="From the request to stop to the kill; also `checkpoint.grace_seconds` there.")
+
+
 class Launch(Section):
     """What a launcher needs to know."""
 
@@ -208,6 +254,8 @@ class Launch(Section):
     silence_seconds: Annotated[float, Field(gt=0)] | None = free(
         None, description="A rank that shows no sign of life for so long ends the run; by default learned from its pace, at least a minute."
     )
+    slurm: Slurm = Slurm()
+    kubernetes: Kubernetes = Kubernetes()
 
 
 class RunFile(Section):

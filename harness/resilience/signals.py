@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from harness import distributed
+from harness.formats import ledger
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -65,11 +66,17 @@ class Requests:
     def asked(self) -> bool:
         """Whether this rank was asked to stop; once it was, it stays so."""
         if not self.stop and self.taken("stop"):
-            self.stop.reason = "control/stop"
+            self._stop_by_file()
         return bool(self.stop)
 
     def asked_of_all(self) -> bool:
         """The same, but every rank looks for the file: one that waits alone is not told by the others."""
         if not self.stop and (self.run_dir / "control" / "stop").exists():
-            self.stop.reason = "control/stop"
+            self._stop_by_file()
         return bool(self.stop)
+
+    def _stop_by_file(self) -> None:
+        """A stop by hand, unlike one by a signal, is none that a scheduler should go on after: the ledger says which it was."""
+        self.stop.reason = "control/stop"
+        if distributed.rank() == 0:
+            ledger.append(self.run_dir, "asked", what="stop")

@@ -12,6 +12,7 @@ from harness.errors import EXIT_FAILURE
 from harness.formats import ledger, outcome
 from harness.formats.outcome import Outcome
 from harness.launch import local
+from harness.launch.again import is_worth_another
 from harness.launch.starter import REQUESTS
 from harness.log import say
 
@@ -43,11 +44,6 @@ def launch(make_plan: Callable[[], local.LaunchPlan], *, run_dir: Path, restarts
         say(f"{ended.reason.splitlines()[0]} Starting again in {pause_s:.0f} s ({in_a_row} of {restarts} without a new checkpoint) ...")
         if _asked_within(pause_s):
             return ended
-
-
-def is_worth_another(ended: Outcome, *, has_trained: bool) -> bool:
-    """Whether a run that ended so may end otherwise: it was lost, or failed although it had trained before. Not when it was asked to end."""
-    return ended.state == "lost" or (ended.code == EXIT_FAILURE and has_trained)
 
 
 def pause(in_a_row: int) -> float:

@@ -85,7 +85,7 @@ def check_same_run(loaded: Loaded) -> None:
         return
     where = f"run_dir ({loaded.origin('run_dir')})"
     attempts = _numbered(folder / "attempts")
-    known = {"attempts", "control", "model", "outcome.json", "events.jsonl"}
+    known = {"attempts", "control", "launch", "model", "outcome.json", "events.jsonl"}
     if not attempts and set(os.listdir(folder)) - known:
         raise Refused(f"{folder} holds files, but no run.", where=where, remedy="Set `run_dir` to a new or empty folder.")
     if not attempts:

@@ -1,0 +1,125 @@
+"""A run as a Kubernetes job: the manifests as data, and as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from harness.config.load import Loaded
+from harness.config.schema import Kubernetes
+from harness.errors import EXIT_ANOMALY, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_RESUME_ME
+from harness.launch import pods
+from harness.launch import plan as plans
+from harness.launch.plan import JobPlan
+
+Manifest = dict[str, Any]
+PORT = 29500
+"""Every pod has addresses of its own, so that any will do."""
+FAILURES_A_POD = 10
+"""Ends with a code that is nobody's. A run that fails again and again is ended by its starter, by `launch.restarts`; this ends pods that never reach it."""
+
+
+def plan(loaded: Loaded, *, overrides: Sequence[str]) -> JobPlan:
+    """The plan of the run under Kubernetes.
+
+    Raises:
+        Refused: for settings that the cluster would refuse, or that would lose the run.
+    """
+    settings = loaded.run.launch.kubernetes
+    pods.check(loaded)
+    return plans.plan(
+        loaded, hosts=settings.pods, ranks_per_host=settings.ranks_per_pod, grace_s=settings.grace_seconds,
+        run_file=str(pods.CONFIG_DIR / "run.yaml"), run_dir=PurePosixPath(settings.work_dir) / loaded.run.run_dir, overrides=overrides,
+    )
+
+
+def render(plan: JobPlan, settings: Kubernetes, *, run_text: str) -> str:
+    """The manifests as YAML.
+
+    Args:
+        plan: what is started.
+        settings: of the job; they were checked by `plan`.
+        run_text: the run file, which the pods find in a ConfigMap.
+    """
+    documents = manifests(plan, settings, run_text=run_text)
+    head = "# Written by `harness launch --on kubernetes`: one node starter a pod, process 1 of it. A pod that ends with 75 is made again and resumes.\n"
+    return head + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=150)
+
+
+def manifests(plan: JobPlan, settings: Kubernetes, *, run_text: str) -> list[Manifest]:
+    """The objects in the order in which they are made, the job last."""
+    name = job_name(plan, settings)
+    meta = {"name": name, "namespace": settings.namespace, "labels": {"app.kubernetes.io/name": "harness", "app.kubernetes.io/instance": name}}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"run.yaml": run_text}}
+    if settings.kind == "job":
+        service_spec = {
+            "clusterIP": "None", "publishNotReadyAddresses": True, "selector": dict(meta["labels"]), "ports": [{"name": "ranks", "port": PORT}],
+        }
+        service = {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service_spec}
+        return [config, service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": _job(plan, settings, meta)}]
+    jobset = _jobset(plan, settings, meta)
+    if settings.kind == "jobset":
+        return [config, {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": meta, "spec": jobset}]
+    group = "trainer.kubeflow.org"
+    runtime = {"mlPolicy": {"numNodes": settings.pods}, "template": {"spec": jobset}}
+    job = {"runtimeRef": {"apiGroup": group, "kind": "TrainingRuntime", "name": name}, "trainer": {"numNodes": settings.pods}}
+    return [
+        config, {"apiVersion": f"{group}/v1alpha1", "kind": "TrainingRuntime", "metadata": meta, "spec": runtime},
+        {"apiVersion": f"{group}/v1alpha1", "kind": "TrainJob", "metadata": meta, "spec": job},
+    ]
+
+
+def job_name(plan: JobPlan, settings: Kubernetes) -> str:
+    """Of the job, its service and its other objects."""
+    return settings.name or plans.as_label(plan.run_dir.name, longest=pods.LONGEST_NAME)
+
+
+def _job(plan: JobPlan, settings: Kubernetes, meta: Manifest) -> Manifest:
+    """The specification of an Indexed Job, whose pods are replaced together and only once they are gone."""
+    container = "node" if settings.kind == "trainjob" else "harness"
+    master = f"{meta['name']}-0" if settings.kind == "job" else f"{meta['name']}-node-0-0"
+    pod = pods.specification(plan, settings, config=meta["name"], container=container, master=f"{master}.{meta['name']}:{PORT}")
+    if settings.kind == "job":
+        pod = {"subdomain": meta["name"], **pod}
+    return {
+        "completionMode": "Indexed", "completions": settings.pods, "parallelism": settings.pods,
+        "backoffLimit": FAILURES_A_POD * settings.pods, "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": [
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            {"action": "FailJob", "onExitCodes": _codes(container, EXIT_REFUSED, EXIT_ANOMALY, EXIT_CHECK_FAILED)},
+            {"action": "Ignore", "onExitCodes": _codes(container, EXIT_RESUME_ME)},
+        ]},
+        "template": {"metadata": {"labels": dict(meta["labels"])}, "spec": pod},
+    }
+
+
+def _codes(container: str, *codes: int) -> Manifest:
+    return {"containerName": container, "operator": "In", "values": list(codes)}
+
+
+def _jobset(plan: JobPlan, settings: Kubernetes, meta: Manifest) -> Manifest:
+    """The specification of a JobSet of one such job; JobSet makes the service."""
+    template: Manifest = {"spec": _job(plan, settings, meta)}
+    if settings.kind == "trainjob":
+        template = {"metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}, **template}
+    return {
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True}, "failurePolicy": {"maxRestarts": 0},
+        "replicatedJobs": [{"name": "node", "replicas": 1, "template": template}],
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes each object out, and texts of several lines as they are."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,0 +1,127 @@
+"""The manifests: compared whole with files that are kept, valid for three versions of Kubernetes, JobSet and Kubeflow Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+from pydantic import BaseModel
+
+from harness.config.load import load
+from harness.errors import Refused
+from harness.launch import kubernetes
+from tests.launch.golden import assert_golden
+from tests.launch.manifests import check_enums, check_job, check_service
+
+VERSIONS = ("1.35", "1.36", "1.37")
+SMALL = [
+    "launch.ranks=null", "engine.device=cpu", "run_dir=/runs/tiny", "data.dir=/runs/data", "launch.kubernetes.image=registry.example/harness@sha256:0",
+    "launch.kubernetes.pods=2", "launch.kubernetes.mounts={/runs: runs}",
+]
+LARGE = [
+    *SMALL, "engine.device=auto", "launch.kubernetes.pods=16", "launch.kubernetes.ranks_per_pod=8", "launch.kubernetes.name=medical",
+    "launch.kubernetes.namespace=research", 'launch.kubernetes.resources={cpu: "96", memory: 900Gi, rdma/ib: "8"}', "launch.kubernetes.python=/opt/harness/bin/python",
+    "launch.kubernetes.mounts={/runs: shared/runs, /models: shared/models, /corpus: corpus}", "launch.kubernetes.env={NCCL_IB_HCA: mlx5, PRICE: 5$(A)}",
+    "launch.kubernetes.secrets={HF_TOKEN: {name: hub, key: token}}", "launch.kubernetes.pull_secret=registry", "launch.kubernetes.service_account=trainer",
+    "launch.kubernetes.node_selector={gpu: h100}", "launch.kubernetes.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
+    "launch.kubernetes.shm_size=64Gi", "launch.kubernetes.grace_seconds=300",
+]
+FORMS = {"small_job": SMALL, **{f"large_{kind}": [*LARGE, f"launch.kubernetes.kind={kind}"] for kind in ("job", "jobset", "trainjob")}}
+
+
+def _render(repository: Path, overrides: list[str]) -> str:
+    path = repository / "launch/runs/medical_qa.yaml"
+    loaded = load(path, overrides)
+    return kubernetes.render(kubernetes.plan(loaded, overrides=overrides), loaded.run.launch.kubernetes, run_text=path.read_text(encoding="utf-8"))
+
+
+def _documents(repository: Path, name: str) -> dict[str, dict]:
+    return {document["kind"]: document for document in yaml.safe_load_all(_render(repository, FORMS[name]))}
+
+
+def _job_of(documents: dict[str, dict]) -> dict:
+    """The specification of the Indexed Job, wherever it stands."""
+    if "Job" in documents:
+        return documents["Job"]["spec"]
+    jobset = documents["JobSet"]["spec"] if "JobSet" in documents else documents["TrainingRuntime"]["spec"]["template"]["spec"]
+    return jobset["replicatedJobs"][0]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_manifests(repository, name):
+    assert_golden(f"{name}.yaml", _render(repository, FORMS[name]))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", FORMS)
+def test_schemas_of_kubernetes(repository, name, version):
+    """Strict: unknown fields are errors. The Job inside another object is held against the schema of a Job."""
+    documents = _documents(repository, name)
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": _job_of(documents)}
+    plain = [document for kind, document in documents.items() if kind in ("ConfigMap", "Service", "Job")]
+    for document in [*plain, job]:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rules_that_no_schema_holds(repository, name):
+    documents = _documents(repository, name)
+    for document in documents.values():
+        check_enums(document)
+    check_job(_job_of(documents))
+    if "Service" in documents:
+        check_service(documents["Service"], documents["Job"])
+
+
+def test_the_checks_see_faults(repository):
+    documents = _documents(repository, "small_job")
+    job = documents["Job"]["spec"]
+    job["template"]["spec"]["restartPolicy"] = "OnFailure"
+    kubernetes_validate.validate(documents["Job"], VERSIONS[-1], strict=True)
+    with pytest.raises(AssertionError):
+        check_job(job)
+    job["completionMode"] = "Indxed"
+    with pytest.raises(AssertionError):
+        check_enums(documents["Job"])
+    job["template"]["spec"]["subDomain"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(documents["Job"], VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize(("name", "kind", "model"), [
+    ("large_jobset", "JobSet", models.JobsetV1alpha2JobSet), ("large_trainjob", "TrainJob", models.TrainerV1alpha1TrainJob),
+    ("large_trainjob", "TrainingRuntime", models.TrainerV1alpha1TrainingRuntime),
+])
+def test_models_of_jobset_and_kubeflow(repository, name, kind, model: type[BaseModel]):
+    """Read by the published models and written again, nothing is lost: no field is unknown."""
+    document = _documents(repository, name)[kind]
+    assert model.from_dict(document).to_dict() == document
+
+
+def test_the_first_pod_is_where_the_ranks_meet(repository):
+    """By the names that each controller gives its pods."""
+    for name, master in (("large_job", "medical-0.medical"), ("large_jobset", "medical-node-0-0.medical"), ("large_trainjob", "medical-node-0-0.medical")):
+        words = _job_of(_documents(repository, name))["template"]["spec"]["containers"][0]["command"]
+        assert words[words.index("--master") + 1] == f"{master}:29500"
+
+
+def test_words_with_dollars_are_not_kubernetes_to_read(repository):
+    overrides = [*SMALL, "evaluation.prompts=[\"$(HOME) $$\"]"]
+    words = yaml.safe_load_all(_render(repository, overrides))
+    command = [one for one in words if one["kind"] == "Job"][0]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "evaluation.prompts=[\"$$(HOME) $$$$\"]" in command and "k8s-$(HARNESS_JOB)" in command
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("launch.kubernetes.image=null", "no image"), ("launch.kubernetes.name=Medical_QA", "not a name"), ("launch.kubernetes.name=7b", "begin with a letter"),
+    ("launch.kubernetes.namespace=-x", "not a name"), ("run_dir=runs/x", "no mount holds"), ("data.dir=/elsewhere", "no mount holds"),
+    ("launch.kubernetes.mounts={/runs: Claim}", "not a name"), ("launch.kubernetes.mounts={runs: claim}", "no mount"), ("launch.kubernetes.mounts={/tmp/x: claim}", "its own"),
+    ("launch.kubernetes.mounts={/runs: claim/../..}", "no mount"), ("launch.kubernetes.env={A-B: x}", "no name of a variable"), ("launch.kubernetes.shm_size=much", "no quantity"),
+    ("launch.kubernetes.secrets={T: {name: A, key: b}}", "not a name"), ("launch.kubernetes.tolerations=[{keys: a}]", "toleration"), ("launch.kubernetes.work_dir=here", "absolute"),
+])
+def test_what_the_cluster_would_refuse_is_refused(repository, override, told):
+    with pytest.raises(Refused, match=told):
+        _render(repository, [*SMALL, override])
