@@ -254,8 +254,8 @@ class Launch(Section):
     silence_seconds: Annotated[float, Field(gt=0)] | None = free(
         None, description="A rank that shows no sign of life for so long ends the run; by default learned from its pace, at least a minute."
     )
-    slurm: Slurm = Slurm()
-    kubernetes: Kubernetes = Kubernetes()
+    slurm: Slurm = free(Slurm())
+    kubernetes: Kubernetes = free(Kubernetes())
 
 
 class RunFile(Section):
