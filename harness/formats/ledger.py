@@ -9,7 +9,10 @@ from typing import Any
 
 VERSION = 1
 NAME = "events.jsonl"
-KINDS = ("launch", "asked", "start", "running", "relaunch", "stop", "finish", "save", "unsaved", "resume", "skip", "anomaly", "evaluation", "imbalance", "appended", "rollback")
+KINDS = (
+    "launch", "asked", "start", "running", "relaunch", "stop", "finish", "save", "unsaved", "resume", "skip", "anomaly", "evaluation", "imbalance", "appended",
+    "rollback",
+)
 
 
 def append(run_dir: Path, kind: str, **facts: Any) -> None:

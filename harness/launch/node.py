@@ -62,7 +62,8 @@ def node_number(slots: Sequence[int], environment: Mapping[str, str]) -> int:
     number = int(environment[told]) if told else len(slots)
     if number >= len(slots) or (told == "SLURM_NODEID" and hosts != str(len(slots))):
         raise Refused(
-            f"This is host {number if told else 'of unknown number'} of {hosts}, but the job has {len(slots)} hosts.", where=f"--slots; {told or ' and '.join(NUMBERS)}",
+            f"This is host {number if told else 'of unknown number'} of {hosts}, but the job has {len(slots)} hosts.",
+            where=f"--slots; {told or ' and '.join(NUMBERS)}",
             remedy="Start it once on each of the hosts that --slots counts, or say which one this is (--node, from 0).",
         )
     return number

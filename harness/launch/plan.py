@@ -50,7 +50,10 @@ class JobPlan:
 
 
 def plan(loaded: Loaded, *, hosts: int, ranks_per_host: int, grace_s: int, run_file: str, run_dir: Path, overrides: Sequence[str]) -> JobPlan:
-    """The plan for hosts that are alike; the grace is passed on to the trainer, unless the run file says more. What only a scheduler reads is left out."""
+    """The plan for hosts that are alike.
+
+    The grace is passed on to the trainer, unless the run file says more; what only a scheduler reads is left out of the words.
+    """
     words = [word for word in overrides if not word.startswith(("launch.slurm.", "launch.kubernetes."))]
     if loaded.run.checkpoint.grace_seconds is None:
         words.append(f"checkpoint.grace_seconds={grace_s}")

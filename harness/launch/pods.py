@@ -76,7 +76,7 @@ def _volumes(settings: Kubernetes, config: str) -> tuple[list[dict[str, Any]], l
         {"name": "config", "configMap": {"name": config}}, {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shm_size}},
     ]
-    mounts: list[dict[str, Any]] = [{"name": name, "mountPath": path, **({"readOnly": True} if name == "config" else {})} for path, name in _OWN.items()]
+    mounts: list[dict[str, Any]] = [{"name": name, "mountPath": path} | ({"readOnly": True} if name == "config" else {}) for path, name in _OWN.items()]
     names: dict[str, str] = {}
     for path, source in settings.mounts.items():
         claim, _, folder = source.partition("/")
@@ -114,7 +114,8 @@ def check(loaded: Loaded) -> None:
             raise Refused(f"`{size}` is no quantity.", where=_at(key), remedy="Write a number with Mi, Gi or m, in quotes.")
     for toleration in settings.tolerations:
         if set(toleration) - _TOLERATION:
-            raise Refused(f"`{min(set(toleration) - _TOLERATION)}` is not part of a toleration.", where=_at("tolerations"), remedy=f"Use {', '.join(sorted(_TOLERATION))}.")
+            problem = f"`{min(set(toleration) - _TOLERATION)}` is not part of a toleration."
+            raise Refused(problem, where=_at("tolerations"), remedy=f"Use {', '.join(sorted(_TOLERATION))}.")
     _mounts(loaded, settings)
 
 
