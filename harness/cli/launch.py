@@ -1,4 +1,4 @@
-"""`harness launch`: start the ranks of a run, pass on what it is asked, and answer with the outcome's code."""
+"""`harness launch`: start the ranks of a run where it says, pass on what they are asked, and answer with the outcome's code."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.config import rules
 from harness.config.load import Loaded, load
 from harness.errors import EXIT_DONE
 
+if TYPE_CHECKING:
+    from harness.launch.run import LaunchPlan
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the ranks where they are wanted, or show how."""
     loaded = load(arguments.run_file, arguments.overrides)
-    return {"local": _local, "slurm": _slurm, "kubernetes": _kubernetes}[arguments.on](arguments, loaded)
+    return {"slurm": _slurm, "kubernetes": _kubernetes}.get(arguments.on, _from_here)(arguments, loaded)
 
 
-def _local(arguments: argparse.Namespace, loaded: Loaded) -> int:
-    from harness.launch import local
+def _from_here(arguments: argparse.Namespace, loaded: Loaded) -> int:
+    """On this machine, or on hosts that it reaches: this process stays until all is over."""
     from harness.supervise import relaunch
 
-    gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
-    rules.check(loaded, ranks=loaded.run.launch.ranks or max(1, gpus), has_gpu=gpus > 0)
-
-    def plan() -> local.LaunchPlan:
-        return local.plan(loaded, run_file=arguments.run_file, overrides=arguments.overrides)
-
     if arguments.print_only:
-        print(shlex.join(plan().command))
+        _show(_plan(loaded, arguments))
         return EXIT_DONE
-    return relaunch.launch(plan, run_dir=loaded.run.run_path, restarts=loaded.run.launch.restarts).code
+    return relaunch.launch(lambda: _plan(loaded, arguments), run_dir=loaded.run.run_path, restarts=loaded.run.launch.restarts).code
 
 
 def _slurm(arguments: argparse.Namespace, loaded: Loaded) -> int:
@@ -60,3 +58,29 @@ def _kubernetes(arguments: argparse.Namespace, loaded: Loaded) -> int:
         return EXIT_DONE
     job = jobs.KubernetesJob(kubernetes.job_name(plan, settings), settings.namespace, settings.kind)
     return jobs.launch(job, text, show_log=arguments.follow)
+
+
+def _plan(loaded: Loaded, arguments: argparse.Namespace) -> LaunchPlan:
+    """The launch as a value, refused before anything starts when its ranks cannot train this run."""
+    from harness.launch import hosts, local, mpi
+
+    words = {"run_file": arguments.run_file, "overrides": arguments.overrides}
+    if arguments.on == "local":
+        gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
+        rules.check(loaded, ranks=local.num_ranks(loaded), has_gpu=gpus > 0)
+        return local.plan(loaded, **words)
+    chosen = hosts.choose(loaded)
+    if not arguments.print_only:
+        chosen = hosts.check(loaded, chosen, run_file=arguments.run_file)
+    rules.check(loaded, ranks=sum(chosen.values()), has_gpu=loaded.run.engine.device != "cpu")
+    return (hosts if arguments.on == "hosts" else mpi).plan(loaded, chosen, **words)
+
+
+def _show(plan: LaunchPlan) -> None:
+    """The commands, and the files that they read, as they would be."""
+    for path, text in plan.texts.items():
+        print(f"# {path}\n{text}")
+    for name, value in plan.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+    for command in plan.commands:
+        print(shlex.join(command))

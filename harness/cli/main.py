@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         added[name].add_argument("run_file", metavar="RUN.yaml")
         added[name].add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the run file")
     added["plan"].add_argument("--ranks", type=int, help="ranks to plan for; by default launch.ranks or the GPUs of this machine")
-    added["launch"].add_argument("--on", choices=["local", "slurm", "kubernetes"], default="local", help="where the ranks run")
+    added["launch"].add_argument("--on", choices=["local", "hosts", "mpi", "slurm", "kubernetes"], default="local", help="where the ranks run")
     added["launch"].add_argument("--print", action="store_true", dest="print_only", help="show the command, script or manifest instead of running it")
     added["launch"].add_argument("--follow", action="store_true", help="show the log of a Slurm or Kubernetes job as it grows")
     added["verify"].add_argument("run_dir", metavar="RUN_DIR")

@@ -18,6 +18,7 @@ from rich.table import Table
 from harness.config.load import Loaded, load
 from harness.errors import Failure, HarnessError, Refused
 from harness.launch import local, operators
+from harness.launch.run import run
 from harness.units import format_seconds
 
 RUNS = Path(__file__).resolve().parents[2] / "launch" / "runs"
@@ -138,7 +139,7 @@ def _train(job: Job) -> None:
         print(f"already done: {loaded.run.run_dir} (remove the folder to train again)")
         return
     plan = local.plan(loaded, run_file=str(job.run_file), overrides=job.overrides)
-    ended = local.run(plan)
+    ended = run(plan)
     if ended.code:
         raise Failure(f"Training in {loaded.run.run_dir} ended with code {ended.code}; its logs are in {loaded.run.run_dir}/attempts/.")
 

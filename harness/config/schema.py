@@ -246,10 +246,25 @@ class Kubernetes(Section):
     grace_seconds: Positive = free(120, description="From the request to stop to the kill; also `checkpoint.grace_seconds` there.")
 
 
+class Hosts(Section):
+    """Hosts that are reached over ssh, for `--on hosts` and `--on mpi`."""
+
+    file: str | None = free(None, description="A hostfile: a line a host, `HOST slots=N`, N its ranks.")
+    include: list[str] = free([], description="Only these hosts of it.")
+    exclude: list[str] = free([], description="Not these hosts of it.")
+    at_least: Positive | None = free(None, description="Go on without hosts that fail their check while so many are left; by default all must pass.")
+    through: Literal["auto", "deepspeed", "ssh"] = free("auto", description="DeepSpeed's launcher and pdsh, or plain ssh; auto: the first where pdsh is.")
+    ssh_port: Positive | None = free(None)
+    master: str | None = free(None, description="Address of the first host for the others; by default its name in the hostfile.")
+    port: Positive | None = free(None, description="Where ranks meet on the first host, and starters one above; by default a new one each start.")
+    environment: dict[str, str] = free({}, description="More variables for every rank.")
+
+
 class Launch(Section):
     """What a launcher needs to know."""
 
     ranks: Positive | None = free(None, description="Ranks that must meet; another number is refused.")
+    hosts: Hosts = free(Hosts())
     restarts: Annotated[int, Field(ge=0)] = free(3, description="Starts after a rank was lost or failed, in a row, without a new checkpoint.")
     silence_seconds: Annotated[float, Field(gt=0)] | None = free(
         None, description="A rank that shows no sign of life for so long ends the run; by default learned from its pace, at least a minute."

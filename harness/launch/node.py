@@ -1,6 +1,6 @@
 """The node starter's command: what `harness launch` runs on a host, the task of a Slurm step, the first process of a pod.
 
-    python -m harness.launch.node --slots 2,2 --node 1 --master h0:29500 RUN.yaml [key.path=value ...]
+    python -m harness.launch.node --slots 2,2 --node 1 --meet h0:29500 RUN.yaml [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 
 from harness.config.load import load
 from harness.errors import EXIT_DONE, HarnessError, Refused
-from harness.launch import again, operators, verdict
-from harness.launch.job import Node
+from harness.launch import again, interface, operators, verdict
+from harness.launch.job import Job, Node
 from harness.launch.starter import Starter
 from harness.log import say
 
-NUMBERS = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")
-"""Where a scheduler says which host of a job this is."""
+NUMBERS = ("CROSS_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+"""Where DeepSpeed's launcher or a scheduler says which host of a job this is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,18 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         loaded = load(arguments.run_file, arguments.overrides)
         slots = tuple(int(word) for word in arguments.slots.split(","))
-        place = arguments.node if arguments.node is not None else node_number(slots, os.environ)
-        if arguments.job and (why := again.begin(loaded.run.run_path, arguments.job, restarts=arguments.restarts, writes=place == 0)):
+        number = arguments.node if arguments.node is not None else node_number(slots, os.environ)
+        if arguments.job and (why := again.begin(loaded.run.run_path, arguments.job, restarts=arguments.restarts, writes=number == 0)):
             say(why)
             return EXIT_DONE
-        master, _, port = arguments.master.rpartition(":")
-        node = Node(
-            (arguments.run_file, *arguments.overrides), slots, place, master, int(port), operators.environment(ranks=slots[place]),
-            silence_s=loaded.run.launch.silence_seconds,
-        )
+        master, _, port = arguments.meet.rpartition(":")
+        job = Job((arguments.run_file, *arguments.overrides), slots, master, int(port))
+        if _is_deepspeeds():
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # it shows its one process the first GPU alone
+        values = operators.environment(ranks=slots[number]) | interface.variables(job, number) | loaded.run.launch.hosts.environment
+        node = Node(job, number, values, silence_s=loaded.run.launch.silence_seconds)
         started = time.time()
         ended = Starter(node, loaded.run.run_path).run()
-        return verdict.settle(ended, loaded.run.run_path, started=started, writes=node.node == 0)
+        return verdict.settle(ended, loaded.run.run_path, started=started, writes=number == 0)
     except HarnessError as error:
         print(f"harness: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -69,11 +70,16 @@ def node_number(slots: Sequence[int], environment: Mapping[str, str]) -> int:
     return number
 
 
+def _is_deepspeeds() -> bool:
+    """Whether DeepSpeed's launcher has started this, as if it were a rank."""
+    return {"CROSS_RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.launch.node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", default="1", metavar="N[,N...]", help="ranks of every host of the job, in order")
     parser.add_argument("--node", type=int, metavar="I", help=f"which of the hosts this is, from 0; by default what {' or '.join(NUMBERS)} says")
-    parser.add_argument("--master", default="127.0.0.1:29500", metavar="HOST:PORT", help="where the ranks meet: a port of the first host")
+    parser.add_argument("--meet", "--master", default="127.0.0.1:29500", metavar="HOST:PORT", help="where the ranks meet: a port of the first host")
     parser.add_argument("--job", metavar="NAME", help="of a job whose scheduler starts it again: the starts are counted, and it is not started when all is done")
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="with --job: starts in a row without a new checkpoint, after the first")
     parser.add_argument("run_file", metavar="RUN.yaml")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import asdict
 from typing import Any
 
-from harness.files import digest_text
 from harness.heartbeat import Beat
 from harness.launch.job import Node
 from harness.launch.silence import SilenceWatch
 from harness.launch.verdict import End
 from harness.launch.wire import HEARD_S, Wire
+from harness.log import say
 
 _NEVER = Beat(0.0, 0, "start", 0)
 
@@ -34,9 +35,9 @@ class Peers:
         self._stopped: dict[int, set[int]] = {}
         self._hosts: dict[int, str] = {}
         self._wire: Wire | None = None
-        if not node.is_alone:
-            job = digest_text(*node.words, *map(str, node.slots), str(node.port))
-            self._wire = Wire(node.node, len(node.slots), master=node.master, port=node.port + 1, job=job)
+        self._requests: list[int] = []
+        if len(node.job.slots) > 1:
+            self._wire = Wire(node.number, node.job)
 
     def tell(self, end: End) -> None:
         """How the first rank of this host ended badly."""
@@ -49,11 +50,20 @@ class Peers:
         for node, message in self._wire.receive() if self._wire is not None else ():
             if message.get("kind") == "beats":
                 self._take(node, message)
+            elif message.get("kind") == "request":
+                self._requests.append(int(message["number"]))
+                if self.node.number == 0 and self._wire is not None:
+                    self._wire.send(message, besides=node)
             elif message.get("kind") == "ended":
                 found = found or End.from_message(message["end"])
-                if self.node.node == 0 and self._wire is not None:
+                if self.node.number == 0 and self._wire is not None:
                     self._wire.send({"kind": "ended", "end": message["end"]}, besides=node)
         return found
+
+    def requests(self) -> list[int]:
+        """Signals that what launched the job has passed on since the last call."""
+        asked, self._requests = self._requests, []
+        return asked
 
     def look(self, beats: dict[int, Beat], stopped: set[int]) -> End | None:
         """Tell where this host's ranks are, once a second, and find a rank or a host that is silent.
@@ -66,12 +76,16 @@ class Peers:
         if self._wire is not None:
             ages = {str(rank): asdict(beat) | {"at_s": now_s - beat.at_s} for rank, beat in beats.items()}
             self._wire.send({"kind": "beats", "host": self.host, "ages": ages, "stopped": sorted(stopped)})
-            if lost := self._wire.lost():
-                return self._lost(lost[0])
-        if self.node.node != 0:
+            for node in self._wire.lost():
+                if node < len(self.node.job.slots):
+                    return self._lost(node)
+                self._wire.forget(node)
+                self._requests.append(signal.SIGTERM)
+                say("What launched this job has fallen silent; stopping.")
+        if self.node.number != 0:
             return None
         self._beats[0], self._stopped[0], self._hosts[0] = beats, stopped, self.host
-        if len(self._beats) < len(self.node.slots):
+        if len(self._beats) < len(self.node.job.slots):
             return None
         together = {rank: beat for own in self._beats.values() for rank, beat in own.items()}
         silent = self._watch.judge(together, set().union(*self._stopped.values()), now_s=now_s)
@@ -92,8 +106,8 @@ class Peers:
         self._stopped[node] = set(message["stopped"])
 
     def _lost(self, node: int) -> End:
-        first = sum(self.node.slots[:node])
-        ranks = f"ranks {first} to {first + self.node.slots[node] - 1}" if self.node.slots[node] > 1 else f"rank {first}"
-        name = self._hosts.get(node, self.node.master if node == 0 else f"number {node}")
+        first = sum(self.node.job.slots[:node])
+        ranks = f"ranks {first} to {first + self.node.job.slots[node] - 1}" if self.node.job.slots[node] > 1 else f"rank {first}"
+        name = self._hosts.get(node, self.node.job.master if node == 0 else f"number {node}")
         beat = self._beats.get(node, {}).get(first, _NEVER)
         return End(first, -9, beat, name, lost=f"Host {name} ({ranks}) is lost: nothing was heard of its starter for {HEARD_S:.0f} s.")

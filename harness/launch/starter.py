@@ -52,7 +52,7 @@ class Starter:
 
     def __init__(self, node: Node, run_dir: Path, command: Sequence[str] = ()):
         self.node, self.run_dir = node, run_dir
-        self.command = [*(command or (sys.executable, "-u", "-m", "harness", "train")), *node.words]
+        self.command = [*(command or (sys.executable, "-u", "-m", "harness", "train")), *node.job.words]
         self.host = socket.gethostname()
         self.requests = 0
         self.ranks: dict[int, subprocess.Popen[bytes]] = {}
@@ -149,10 +149,12 @@ class Starter:
             self._end_because(found)
 
     def _hear(self) -> None:
-        """Find out that a rank of another host ended badly."""
+        """Find out that a rank of another host ended badly, and what was asked of the job from outside."""
         found = self._peers.heard()
         if found is not None and self.first is None:
             self._end_because(found)
+        for number in self._peers.requests():
+            self._pass_on(number, None)
 
     def _end_because(self, end: End) -> None:
         """Show where all ranks stand if one is silent, and end them: one that stands still hears nothing else."""

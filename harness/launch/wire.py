@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from harness.errors import Failure
+from harness.launch.job import Job
 
 HEARD_S = 15.0
 """How long a host may be silent on the wire."""
@@ -88,23 +89,30 @@ class Wire:
 
     Args:
         node: number of this host; 0 listens, the others come to it.
-        nodes: hosts of the job.
-        master: address of the first host.
-        port: where it listens.
-        job: a word that all starters of a job know, so that those of two jobs are never connected.
+        job: the job; connections of another one are not let in.
 
     Raises:
-        Failure: when the first host cannot listen there.
+        Failure: when the first host cannot listen.
     """
 
-    def __init__(self, node: int, nodes: int, *, master: str, port: int, job: str):
-        self.node, self.nodes, self.job = node, nodes, job
-        self._address, self._tried_s = (master, port), 0.0
+    def __init__(self, node: int, job: Job):
+        self.node, self.nodes, self.key = node, len(job.slots), job.key
+        self._address, self._tried_s = (job.master, job.port + 1), 0.0
         self._links: dict[int, Link] = {}
         self._strangers: list[Link] = []
         self._gone: set[int] = set()
         self._heard_s: dict[int, float] = {}
-        self._server = _listen(port) if node == 0 else None
+        self._server = _listen(job.port + 1) if node == 0 else None
+
+    @classmethod
+    def from_outside(cls, job: Job) -> Wire:
+        """The end of what launched the job, wherever that runs: it comes after the hosts."""
+        return cls(len(job.slots), job)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether anybody is at the other end now."""
+        return bool(self._links)
 
     def send(self, message: dict[str, Any], *, besides: int = -1) -> None:
         """To the first host; from there to all others, but for the one that it came from."""
@@ -131,6 +139,10 @@ class Wire:
         """Hosts that were heard, have not said goodbye, and are silent for too long."""
         return [node for node, heard_s in self._heard_s.items() if node not in self._gone and time.monotonic() - heard_s > HEARD_S]
 
+    def forget(self, node: int) -> None:
+        """Expect nothing more of a host."""
+        self._gone.add(node)
+
     def close(self) -> None:
         """Say goodbye."""
         self.send({"kind": "bye"})
@@ -146,7 +158,7 @@ class Wire:
             self._tried_s = time.monotonic()
             with suppress(OSError):
                 link = Link(socket.create_connection(self._address, timeout=_CONNECT_S))
-                link.send({"kind": "hello", "job": self.job, "node": self.node})
+                link.send({"kind": "hello", "job": self.key, "node": self.node})
                 self._links[0] = link
 
     def _accept(self, server: socket.socket) -> None:
@@ -161,7 +173,7 @@ class Wire:
             self._strangers.remove(link)
             hello = messages[0] if messages else {}
             node = hello.get("node")
-            if hello.get("kind") != "hello" or hello.get("job") != self.job or not (isinstance(node, int) and 0 < node < self.nodes):
+            if hello.get("kind") != "hello" or hello.get("job") != self.key or not (isinstance(node, int) and 0 < node <= self.nodes):
                 link.close()
                 continue
             if node in self._links:
@@ -176,7 +188,7 @@ def _listen(port: int) -> socket.socket:
         server.bind(("", port))
     except OSError as error:
         server.close()
-        raise Failure(f"The starter of the first host cannot listen on port {port}, one above that of --master: {error.strerror}. Choose another.") from error
+        raise Failure(f"The starter of the first host cannot listen on port {port}, one above that of --meet: {error.strerror}. Choose another.") from error
     server.listen(512)
     server.setblocking(False)
     return server

@@ -11,15 +11,16 @@ from pathlib import Path
 from harness.errors import EXIT_FAILURE
 from harness.formats import ledger, outcome
 from harness.formats.outcome import Outcome
-from harness.launch import local
+from harness.launch import run as launches
 from harness.launch.again import is_worth_another
+from harness.launch.run import LaunchPlan
 from harness.launch.starter import REQUESTS
 from harness.log import say
 
 LONGEST_PAUSE_S = 60.0
 
 
-def launch(make_plan: Callable[[], local.LaunchPlan], *, run_dir: Path, restarts: int) -> Outcome:
+def launch(make_plan: Callable[[], LaunchPlan], *, run_dir: Path, restarts: int) -> Outcome:
     """Start a run, and start it again as long as that helps.
 
     Args:
@@ -33,7 +34,7 @@ def launch(make_plan: Callable[[], local.LaunchPlan], *, run_dir: Path, restarts
     in_a_row = 0
     while True:
         before = last_save(run_dir)
-        ended = local.run(make_plan())
+        ended = launches.run(make_plan())
         in_a_row = 1 if last_save(run_dir) != before else in_a_row + 1
         if not is_worth_another(ended, has_trained=outcome.last_step(run_dir) > 0):
             return ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness.launch.local import LaunchPlan
+from harness.launch.run import LaunchPlan
 
 RANK = """
 import json, os, signal, subprocess, sys, time
@@ -55,7 +55,7 @@ from pathlib import Path
 from harness.launch import job, starter, verdict, wire
 folder, manner, silence, slots, number, port = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
 starter.LINGER_S, wire.HEARD_S = 1.0, 3.0
-node = job.Node((str(folder), manner), tuple(map(int, slots.split(","))), number, port=port, silence_s=silence)
+node = job.Node(job.Job((str(folder), manner), tuple(map(int, slots.split(","))), port=port), number, silence_s=silence)
 started = time.time()
 ended = starter.Starter(node, folder, command=(sys.executable, str(folder / "rank.py"))).run()
 sys.exit(verdict.settle(ended, folder, started=started, writes=number == 0))
@@ -68,4 +68,4 @@ def plan(folder: Path, manner: str, *, silence_s: float = 60.0, slots: str = "2"
     (folder / "starter.py").write_text(STARTER)
     (folder / "attempts" / "0001" / "logs").mkdir(parents=True, exist_ok=True)
     words = (str(folder), manner, str(silence_s), slots, str(node), str(port))
-    return LaunchPlan((sys.executable, str(folder / "starter.py"), *words), 2, folder)
+    return LaunchPlan(((sys.executable, str(folder / "starter.py"), *words),), folder)

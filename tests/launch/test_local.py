@@ -11,7 +11,7 @@ from harness.launch import local
 
 def test_the_command():
     words = local.render(ranks=2, port=20123, run_file="run.yaml", overrides=["train.steps=3", "run_dir=a b"])
-    assert words == (sys.executable, *"-m harness.launch.node --slots 2 --master 127.0.0.1:20123 run.yaml train.steps=3".split(), "run_dir=a b")
+    assert words == (sys.executable, *"-m harness.launch.node --slots 2 --meet 127.0.0.1:20123 run.yaml train.steps=3".split(), "run_dir=a b")
 
 
 def test_ports_are_free_differ_and_lie_below_the_ephemeral_range():

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from harness.formats.outcome import Outcome, read_outcome, write_outcome
-from harness.launch import local, stacks
+from harness.launch import run as launches
+from harness.launch import stacks
 from tests.launch import fake_ranks
 
 HOST = socket.gethostname()
@@ -51,7 +52,7 @@ def all_gone(folder: Path) -> bool:
 
 @pytest.mark.parametrize(("manner", "code", "state"), [("done", 0, "done"), ("refuse", 2, "refused"), ("crash", 9, "failed"), ("segfault", 1, "failed")])
 def test_the_outcome_is_what_the_ranks_told_else_what_the_starter_saw(tmp_path, manner, code, state):
-    ended = local.run(fake_ranks.plan(tmp_path, manner))
+    ended = launches.run(fake_ranks.plan(tmp_path, manner))
     assert (ended.code, ended.state) == (code, state)
     assert read_outcome(tmp_path) == ended
     assert [(up["world"], up["local"], up["port"]) for up in ups(tmp_path)] == [("2", "0", "12345"), ("2", "1", "12345")]
@@ -60,12 +61,12 @@ def test_the_outcome_is_what_the_ranks_told_else_what_the_starter_saw(tmp_path, 
 
 def test_an_outcome_of_an_earlier_attempt_is_not_believed(tmp_path):
     write_outcome(tmp_path, Outcome("done", 0, "", 1, 1, time=time.time() - 60))
-    assert local.run(fake_ranks.plan(tmp_path, "crash")).code == 9
+    assert launches.run(fake_ranks.plan(tmp_path, "crash")).code == 9
 
 
 def test_a_rank_that_fails_alone_is_heard_and_the_other_is_ended(tmp_path):
     started = time.monotonic()
-    ended = local.run(fake_ranks.plan(tmp_path, "one-fails"))
+    ended = launches.run(fake_ranks.plan(tmp_path, "one-fails"))
     assert (ended.code, ended.reason) == (1, "ValueError: of rank 1")
     assert time.monotonic() - started < 10 and all_gone(tmp_path)
 
@@ -75,7 +76,7 @@ def test_a_signal_reaches_all_ranks_at_once_and_their_save_is_waited_for(tmp_pat
     before = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background ignore some, which is then respected
     try:
         thread = when(lambda: ups(tmp_path), lambda: os.kill(os.getpid(), number))
-        assert local.run(fake_ranks.plan(tmp_path, "work")).code == 75
+        assert launches.run(fake_ranks.plan(tmp_path, "work")).code == 75
         thread.join()
     finally:
         signal.signal(number, before)
@@ -86,7 +87,7 @@ def test_a_signal_reaches_all_ranks_at_once_and_their_save_is_waited_for(tmp_pat
 def test_a_signal_before_there_are_ranks_ends_the_launch(tmp_path):
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    ended = local.run(fake_ranks.plan(tmp_path, "done"))
+    ended = launches.run(fake_ranks.plan(tmp_path, "done"))
     assert (ended.code, ended.state) in ((75, "stopped"), (0, "done")) and all_gone(tmp_path)
 
 
@@ -97,7 +98,7 @@ def test_a_third_request_kills_ranks_that_do_not_listen(tmp_path):
             time.sleep(0.3)
 
     thread = when(lambda: ups(tmp_path), ask_three_times)
-    assert local.run(fake_ranks.plan(tmp_path, "ignore")).code == 75
+    assert launches.run(fake_ranks.plan(tmp_path, "ignore")).code == 75
     thread.join()
     assert all_gone(tmp_path)
 
@@ -110,7 +111,7 @@ def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):
         os.kill(ups(tmp_path)[1]["pid"], signal.SIGKILL)
 
     thread = when(lambda: ups(tmp_path), kill)
-    ended = local.run(fake_ranks.plan(tmp_path, "ignore"))
+    ended = launches.run(fake_ranks.plan(tmp_path, "ignore"))
     thread.join()
     assert time.monotonic() - killed[0] < 5 and all_gone(tmp_path)
     assert (ended.code, ended.state) == (75, "lost") and f"Rank 1 on {HOST} was ended by SIGKILL" in ended.reason, ended
@@ -120,7 +121,7 @@ def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):
 def test_a_silent_rank_is_named_with_its_phase_and_all_are_ended(tmp_path, manner):
     """Asleep in the middle of a backward, or stopped from outside."""
     thread = when(lambda: ups(tmp_path), lambda: manner == "ignore" and (time.sleep(1), os.kill(ups(tmp_path)[1]["pid"], signal.SIGSTOP)))
-    ended = local.run(fake_ranks.plan(tmp_path, manner, silence_s=2.0))
+    ended = launches.run(fake_ranks.plan(tmp_path, manner, silence_s=2.0))
     thread.join()
     assert (ended.code, ended.state) == (75, "lost") and all_gone(tmp_path), ended
     assert ended.reason.startswith(f"Rank 1 on {HOST} " + ("was silent" if manner == "hang" else "stood still")), ended
@@ -131,25 +132,25 @@ def test_a_silent_rank_is_named_with_its_phase_and_all_are_ended(tmp_path, manne
 
 def test_ranks_whose_starter_is_killed_are_asked_and_waited_for(tmp_path):
     thread = when(lambda: ups(tmp_path), lambda: os.kill(ups(tmp_path)[0]["parent"], signal.SIGKILL))
-    assert local.run(fake_ranks.plan(tmp_path, "work")).code == 75
+    assert launches.run(fake_ranks.plan(tmp_path, "work")).code == 75
     thread.join()
     assert all_gone(tmp_path)
 
 
 def test_ranks_that_outlive_a_killed_starter_are_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "LEASH_S", 1.0)
+    monkeypatch.setattr(launches, "LEASH_S", 1.0)
     thread = when(lambda: ups(tmp_path), lambda: os.kill(ups(tmp_path)[0]["parent"], signal.SIGKILL))
-    assert local.run(fake_ranks.plan(tmp_path, "ignore")).code == 1
+    assert launches.run(fake_ranks.plan(tmp_path, "ignore")).code == 1
     thread.join()
     assert all_gone(tmp_path)
 
 
 def test_what_ranks_leave_behind_is_ended(tmp_path):
-    assert local.run(fake_ranks.plan(tmp_path, "child")).code == 0
+    assert launches.run(fake_ranks.plan(tmp_path, "child")).code == 0
     assert not [one for one in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in word for word in one.info["cmdline"] or [])]
 
 
 def test_handlers_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    local.run(fake_ranks.plan(tmp_path, "done"))
+    launches.run(fake_ranks.plan(tmp_path, "done"))
     assert signal.getsignal(signal.SIGTERM) is before

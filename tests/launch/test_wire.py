@@ -14,6 +14,7 @@ import pytest
 from harness.errors import Failure
 from harness.formats.outcome import read_outcome
 from harness.launch import local, wire
+from harness.launch.job import Job
 from tests.launch import fake_ranks
 from tests.launch.test_starter import HOST, all_gone, ups
 
@@ -23,7 +24,7 @@ def two_hosts(folder, manner, *, silence_s=60.0):
     """One rank on each of two hosts; gives their starters once both ranks are up."""
     port = local.free_port()
     plans = [fake_ranks.plan(folder, manner, silence_s=silence_s, slots="1,1", node=node, port=port) for node in range(2)]
-    children = [subprocess.Popen(plan.command, start_new_session=True) for plan in plans]
+    children = [subprocess.Popen(plan.commands[0], start_new_session=True) for plan in plans]
     deadline = time.monotonic() + 30
     while not ups(folder) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -82,26 +83,27 @@ def test_ranks_that_end_well_on_one_host_after_the_other_are_no_loss(tmp_path):
 
 def test_strangers_and_starters_of_another_job_are_not_let_in():
     port = local.free_port()
-    first = wire.Wire(0, 2, master="127.0.0.1", port=port, job="a")
-    stranger = socket.create_connection(("127.0.0.1", port))
+    jobs = {word: Job((word,), (1, 1), port=port) for word in "abc"}
+    first = wire.Wire(0, jobs["a"])
+    stranger = socket.create_connection(("127.0.0.1", port + 1))
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n[1]\n\xff\xfe\n")
-    other, own = (wire.Wire(1, 2, master="127.0.0.1", port=port, job=job) for job in "ba")
+    other, own = (wire.Wire(1, jobs[word]) for word in "ba")
     other.receive()
     own.receive()
     other.send({"kind": "ended", "end": {}})
     own.send({"kind": "beats"})
     time.sleep(0.2)
     assert [message["kind"] for _, message in first.receive() + first.receive()] == ["beats"]
-    with pytest.raises(Failure, match=f"port {port}"):
-        wire.Wire(0, 2, master="127.0.0.1", port=port, job="c")
+    with pytest.raises(Failure, match=f"port {port + 1}"):
+        wire.Wire(0, jobs["c"])
     for one in (own, other, first, stranger):
         one.close()
 
 
 def test_a_broken_connection_is_made_anew(monkeypatch):
     monkeypatch.setattr(wire, "_RETRY_S", 0.1)
-    port = local.free_port()
-    first, own = (wire.Wire(node, 2, master="127.0.0.1", port=port, job="a") for node in range(2))
+    job = Job((), (1, 1), port=local.free_port())
+    first, own = (wire.Wire(node, job) for node in range(2))
     for _ in range(2):
         deadline, got = time.monotonic() + 5, []
         while not got and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ import pytest
 
 from harness.formats import ledger
 from harness.formats.outcome import Outcome, read_outcome
-from harness.launch import local
+from harness.launch import run as launches
 from harness.supervise import relaunch
 
 
@@ -36,7 +36,7 @@ def starts(tmp_path, monkeypatch):
                 ledger.append(tmp_path, "save", step=len(seen), checkpoint=f"step-{len(seen):06d}")
             return Outcome(state, code, f"end {len(seen)}", len(seen), len(seen))
 
-        monkeypatch.setattr(local, "run", run)
+        monkeypatch.setattr(launches, "run", run)
         monkeypatch.setattr(relaunch, "pause", lambda in_a_row: 0.0)
         plans = iter(range(100))
         play.ended = relaunch.launch(lambda: f"plan {next(plans)}", run_dir=tmp_path, restarts=2)

@@ -1,0 +1,67 @@
+"""A run under mpirun: MPI starts the ranks, and DeepSpeed's discovery through mpi4py tells them who they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from harness.config.load import Loaded
+from harness.errors import Refused
+from harness.launch import hostfile, hosts
+from harness.launch.local import free_port
+from harness.launch.run import LaunchPlan
+
+MPIRUN = "mpirun"
+
+
+def plan(loaded: Loaded, chosen: Mapping[str, int], *, run_file: str, overrides: Sequence[str]) -> LaunchPlan:
+    """The mpirun command; a request becomes SIGUSR1, the one signal that it passes on and then waits.
+
+    Raises:
+        Refused: there is no mpirun, or it is neither Open MPI nor MPICH.
+    """
+    settings, folder = loaded.run.launch.hosts, loaded.run.run_path.absolute() / "launch"
+    values = hosts.variables(loaded) | settings.environment | {"MASTER_ADDR": settings.master or next(iter(chosen)), "MASTER_PORT": str(settings.port or free_port())}
+    command = render(kind(), ranks=sum(chosen.values()), hosts=str(folder / "mpi-hosts"), values=values, run_file=run_file, overrides=overrides)
+    text = hostfile.render(dict(chosen)) if kind() == "openmpi" else "".join(f"{name}:{slots}\n" for name, slots in chosen.items())
+    return LaunchPlan((command,), loaded.run.run_path, request=signal.SIGUSR1, texts={folder / "mpi-hosts": text})
+
+
+def kind() -> str:
+    """Which MPI `mpirun` belongs to: openmpi or mpich.
+
+    Raises:
+        Refused: there is none, or another one.
+    """
+    program = shutil.which(MPIRUN)
+    if program is None:
+        raise Refused("mpirun is not on this machine.", where="--on mpi", remedy="Install Open MPI or MPICH, or use --on hosts.")
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    for words, name in (("Open MPI", "openmpi"), ("OpenRTE", "openmpi"), ("PRRTE", "openmpi"), ("HYDRA", "mpich"), ("Intel(R) MPI", "mpich")):
+        if words.lower() in told.lower():
+            return name
+    raise Refused(f"What `{program} --version` says is unknown: {told.strip()[:200]}", where="--on mpi", remedy="Use Open MPI or MPICH, or --on hosts.")
+
+
+def render(kind: str, *, ranks: int, hosts: str, values: Mapping[str, str], run_file: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The words of the command.
+
+    Args:
+        kind: openmpi or mpich.
+        ranks: over all hosts.
+        hosts: path of a hostfile of that kind.
+        values: variables of every rank.
+        run_file: path of the run file.
+        overrides: `key.path=value` words.
+    """
+    rank = (sys.executable, "-u", "-m", "harness", "train", run_file, *overrides)
+    if kind == "mpich":
+        exported = [word for name, value in values.items() for word in ("-genv", name, value)]
+        return (MPIRUN, "-n", str(ranks), "-f", hosts, *exported, *rank)
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    exported = [word for name, value in values.items() for word in ("-x", f"{name}={value}")]
+    return (MPIRUN, *root, "-n", str(ranks), "--hostfile", hosts, "--bind-to", "none", *exported, *rank)

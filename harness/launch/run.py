@@ -1,0 +1,165 @@
+"""A launch as a value, and its start: pass on what is asked, wait until every process of it is gone, and say how it ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from harness import files
+from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
+from harness.formats.outcome import Outcome, newest_attempt, read_outcome
+from harness.launch.job import Job
+from harness.launch.starter import HELD, REQUESTS
+from harness.launch.wire import Wire
+from harness.log import say
+
+LEASH_S = 90.0
+"""How long ranks may outlive what was started here and killed: they stop by themselves within a minute, after a save."""
+LINGER_S = 20.0
+"""How long the other hosts' parts may outlive one that failed, before they are ended."""
+POLL_S, ALIVE_S = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What is started, and where its outcome will be.
+
+    Attributes:
+        commands: each a process of this machine; more than one where each leads to a host.
+        run_dir: of the run.
+        environment: variables that they need, besides those of this process.
+        job: where the node starters are reached, when signals to these processes would not reach them.
+        request: the signal that stands for any request, where others would be understood otherwise.
+        texts: files that must be there first.
+    """
+
+    commands: tuple[tuple[str, ...], ...]
+    run_dir: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    job: Job | None = None
+    request: signal.Signals | None = None
+    texts: dict[Path, str] = field(default_factory=dict)
+
+
+def run(plan: LaunchPlan) -> Outcome:
+    """Start what is planned, pass on what is asked, wait until all its processes are gone, and say how it ended."""
+    for path, text in plan.texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, text)
+    running, started = _Running(plan), time.time()
+    with running.listening():
+        running.start()
+        code = running.wait()
+    outcome = read_outcome(plan.run_dir)
+    if outcome is not None and outcome.time >= started:
+        return outcome
+    attempt, _ = newest_attempt(plan.run_dir)
+    if running.asked:  # before a rank could listen: nothing was trained that a resume would lack
+        return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before training began.", 0, attempt)
+    told = f"What was started ended with code {code} and left no outcome in {plan.run_dir}."
+    return Outcome("failed", code if code > 0 else EXIT_FAILURE, told, 0, attempt)
+
+
+class _Running:
+    """The processes of one launch: in sessions of their own, so that no terminal signals them behind our back.
+
+    All of them on this machine hold the writing end of a pipe open; when its reading end comes to its end, the last of them is
+    gone, however it died.
+    """
+
+    def __init__(self, plan: LaunchPlan):
+        self.plan, self.asked = plan, False
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._pipe, self._told_s = -1, 0.0
+        self._wire = Wire.from_outside(plan.job) if plan.job is not None else None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the requests; a hangup stays ignored where it was (nohup)."""
+        before = {number: signal.getsignal(number) for number in REQUESTS}
+        for number, handler in before.items():
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(self._pipe)
+            if self._wire is not None:
+                self._wire.close()
+
+    def start(self) -> None:
+        """Start the commands; a request that came before is carried out now."""
+        self._pipe, held = os.pipe()
+        environment = os.environ | self.plan.environment | {HELD: str(held)}
+        try:
+            for command in self.plan.commands:
+                self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(held,)))
+        finally:
+            os.close(held)
+        if self.asked:
+            self._send(signal.SIGTERM)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        if self._wire is not None and self._wire.is_connected:
+            self._wire.send({"kind": "request", "number": int(number)})
+            return
+        for child in self._children:  # a launcher between here and the ranks is spared its own ideas of a clean end
+            child.send_signal(signal.SIGKILL if self._wire is not None else self.plan.request or number)
+
+    def wait(self) -> int:
+        """Until all are gone; the code of the first that failed, or 0."""
+        code, failed_s = 0, 0.0
+        while running := [child for child in self._children if child.poll() is None]:
+            self._tell()
+            ended = [child.returncode for child in self._children if child.returncode]
+            if ended and not failed_s:
+                code, failed_s = ended[0], time.monotonic()
+            if failed_s and time.monotonic() - failed_s > LINGER_S:
+                say("A part of the job has ended; ending the rest ...")
+                self._send(signal.SIGTERM)
+                for child in running:
+                    child.terminate()
+                failed_s = time.monotonic()
+            time.sleep(POLL_S)
+        self._wait_for_all()
+        return code or next((child.returncode for child in self._children if child.returncode), 0)
+
+    def _tell(self) -> None:
+        """On the wire: that this launch is alive."""
+        if self._wire is not None and time.monotonic() - self._told_s > ALIVE_S:
+            self._told_s = time.monotonic()
+            self._wire.receive()
+            self._wire.send({"kind": "alive"})
+
+    def _wait_for_all(self) -> None:
+        """Wait for processes that outlived what started them; in the end kill them."""
+        if select.select([self._pipe], [], [], LEASH_S)[0]:
+            return
+        for pid in _holders(os.fstat(self._pipe).st_ino):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        select.select([self._pipe], [], [])
+
+
+def _holders(inode: int) -> list[int]:
+    """Other processes that hold an end of a pipe."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(path) == f"pipe:[{inode}]":
+                found.add(int(path.parts[2]))
+    return sorted(found - {os.getpid()})
