@@ -37,15 +37,17 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
     if world.size == 1:
-        for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-            os.environ.setdefault(key, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_ADDR" in os.environ:  # else DeepSpeed asks MPI where the ranks meet
+        for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank), ("LOCAL_SIZE", world.local_size)):
+            os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if world.size == 1 else "29500"
     if use_gpu:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False
+            dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
         )
         if not use_gpu:
             _forget_shared_memory()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,11 @@ def ask(hosts: Sequence[str], run_file: str, *, ssh: Sequence[str]) -> dict[str,
         run_file: its path, the same on all hosts.
         ssh: the words before a host's name.
     """
+    here = ("localhost", "127.0.0.1", socket.gethostname())
     words = f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={shlex.quote(os.environ.get('PYTHONPATH', ''))} "
     words += shlex.join([sys.executable, "-m", "harness.launch.roll_call", run_file])
     with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
-        return dict(zip(hosts, pool.map(lambda host: _ask([*ssh, host, words]), hosts), strict=True))
+        return dict(zip(hosts, pool.map(lambda host: _ask(["sh", "-c", words] if host in here else [*ssh, host, words]), hosts), strict=True))
 
 
 def _ask(command: list[str]) -> dict[str, Any] | str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +21,12 @@ HARNESS = ("python", "-m", "harness")
 TRAIN = ("checkpoint.every_steps=5", "evaluation.every_steps=null", "engine.deepspeed=zero3_offload_cpu")
 
 
-def launch(cluster: Cluster, path: Path, *words: object, host: int = 0):
-    """`harness launch --on hosts` from one of the hosts, under way."""
+def launch(cluster: Cluster, path: Path, *words: object, host: int = 0, on: str = "hosts", hostfile: Path | None = None, env: dict[str, str] | None = None):
+    """`harness launch` from one of the hosts, under way."""
     with open(path.parent / "told", "ab") as stream:
         return cluster.start(
-            host, *HARNESS, "launch", path, "--on", "hosts", f"launch.hosts.file={cluster.hostfile}", "launch.ranks=null", *TRAIN, *words,
-            stdout=stream, stderr=stream, start_new_session=True,
+            host, *HARNESS, "launch", path, "--on", on, f"launch.hosts.file={hostfile or cluster.hostfile}", "launch.ranks=null", *TRAIN, *words,
+            stdout=stream, stderr=stream, start_new_session=True, env=env,
         )
 
 
@@ -155,11 +157,24 @@ def test_mpirun_trains_on_two_hosts_and_a_request_saves(hosts, run_file, tmp_pat
     if shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
     cluster = hosts(2)
-    with open(tmp_path / "told", "ab") as stream:
-        started = cluster.start(
-            0, *HARNESS, "launch", run_file, "--on", "mpi", f"launch.hosts.file={cluster.hostfile}", "launch.ranks=null", *TRAIN, "train.steps=4000",
-            stdout=stream, stderr=stream, start_new_session=True,
-        )
+    started = launch(cluster, run_file, "train.steps=4000", on="mpi")
+    until(started, lambda: 8 in losses(tmp_path / "run"), run_file)
+    assert events(tmp_path / "run", "start")[0]["ranks"] == 2
+    cluster.inner(started).send_signal(signal.SIGTERM)
+    assert started.wait(timeout=60) == 75, told(run_file)
+    assert read_outcome(tmp_path / "run").state == "stopped" and events(tmp_path / "run", "save")[-1]["step"] >= 8
+
+
+@pytest.mark.slow
+def test_mpich_trains_on_one_host(hosts, run_file, tmp_path):
+    """The MPICH of the package registry, in a folder of its own beside the environment (tests/run.sh puts it there)."""
+    folder = Path(sys.prefix) / "share" / "harness" / "mpich"
+    if not (folder / "bin" / "mpirun").is_file():
+        pytest.skip(f"there is no MPICH in {folder}")
+    cluster, hostfile = hosts(2), tmp_path / "one-host"
+    hostfile.write_text("h0 slots=2\n")
+    env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(folder / "lib"), "MPI4PY_MPIABI": "mpich"}
+    started = launch(cluster, run_file, "train.steps=4000", on="mpi", hostfile=hostfile, env=env)
     until(started, lambda: 8 in losses(tmp_path / "run"), run_file)
     assert events(tmp_path / "run", "start")[0]["ranks"] == 2
     cluster.inner(started).send_signal(signal.SIGTERM)
