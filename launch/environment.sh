@@ -56,6 +56,14 @@ harness_mpi() { # mpirun, under which several machines prepare data together; re
   return 1
 }
 
+harness_mpich() { # a second MPI, in a folder of its own, under which a launch is tested; returns 1 where it cannot be had
+  local folder="$VIRTUAL_ENV/share/harness/mpich"
+  if [ -x "$folder/bin/mpirun" ]; then return 0; fi
+  if python -m pip install -q --prefix "$folder" --no-deps --ignore-installed mpich==5.0.2 2>/dev/null; then return 0; fi
+  echo "MPICH could not be installed into $folder; its test says that it was skipped." >&2
+  return 1
+}
+
 harness_cluster() { # hosts on this machine, on which launches and checks of several hosts are tested; returns 1 where they cannot be had
   local program missing=() policy=/usr/sbin/policy-rc.d status=0
   for program in sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh; do
