@@ -1,0 +1,104 @@
+"""Several hosts: the hostfile, the roll call, and every command as it would run."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.config.load import load
+from harness.errors import Refused
+from harness.launch import hostfile, hosts, local, mpi, roll_call
+from harness.launch.job import Job
+from tests.launch.golden import assert_golden
+
+WORDS = ("launch/runs/medical_qa.yaml", "train.steps=3", "evaluation.prompts=[What is asthma?]", "data.columns={prompt: a}", "run_dir=a's")
+TWO = {"gpu-a": 8, "gpu-b": 4}
+
+
+def _text(commands) -> str:
+    return "".join(shlex.join(command).replace(sys.executable, "PYTHON").replace(sys.prefix, "PREFIX") + "\n" for command in commands)
+
+
+def test_the_commands_of_each_form(monkeypatch):
+    monkeypatch.setattr("os.getcwd", lambda: "/home/me/project")
+    job = Job(WORDS, tuple(TWO.values()), "gpu-a", 20000)
+    values = {"NCCL_DEBUG": "WARN", "PATH": "/env/bin:/usr/bin"}
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    forms = {
+        "local": [local.render(ranks=2, port=20000, run_file=WORDS[0], overrides=WORDS[1:])],
+        "ssh": hosts.ssh_commands(job, list(TWO), values, port=2222),
+        "deepspeed": [hosts.deepspeed_command(job, Path("/runs/a/launch/hostfile"))],
+        "openmpi": [mpi.render("openmpi", ranks=12, hosts="/runs/a/launch/mpi-hosts", values=values, run_file=WORDS[0], overrides=WORDS[1:])],
+        "mpich": [mpi.render("mpich", ranks=12, hosts="/runs/a/launch/mpi-hosts", values=values, run_file=WORDS[0], overrides=WORDS[1:])],
+    }
+    assert_golden("commands.txt", "".join(f"# {name}\n{_text(commands)}\n" for name, commands in forms.items()))
+
+
+def test_words_survive_the_shell_of_another_host():
+    """What a shell makes of ssh's last word is what was given."""
+    command = hosts.ssh_commands(Job(WORDS, (1, 1), "h0", 1), ["h0", "h1"], {"A": "b c"}, port=None)[1]
+    shown = subprocess.run(["sh", "-c", command[-1].replace(f"exec env 'A=b c' {sys.executable} -m", "printf '%s\\n'")], capture_output=True, text=True, check=True)
+    assert tuple(shown.stdout.splitlines()[-len(WORDS):]) == WORDS
+
+
+def test_deepspeed_gets_words_that_its_shell_leaves_alone():
+    words = hosts.deepspeed_command(Job(WORDS[:4], (1, 1), "h0", 1), Path("hostfile"))
+    assert words[-3:] == (WORDS[1], WORDS[2], WORDS[3]) and "'a*b'" in hosts.deepspeed_command(Job(("run.yaml", "a*b"), (1, 1)), Path("h"))
+    with pytest.raises(Refused, match="launch.hosts.through=ssh"):
+        hosts.deepspeed_command(Job(("run.yaml", "a $HOME"), (1, 1)), Path("h"))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (None, "does not exist"), ("# nobody\n\n", "names no host"), ("h0 slots=2\nh0 slots=1\n", "Line 2 .* names h0 a second time"),
+    ("h0 slot=2\n", "Line 1 .* is not `HOST slots=N`: h0 slot=2"), ("h0 slots=0\n", "Line 1"), ("h0 slots=1 max=2\n", "Line 1"),
+])
+def test_a_wrong_hostfile_is_refused(tmp_path, text, message):
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(Refused, match=message):
+        hostfile.read_hostfile(path, where="launch.hosts.file")
+
+
+def test_hosts_are_chosen_by_name(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("a slots=2 # old\nb\n\nc slots=4\n")
+    found = hostfile.read_hostfile(path, where="")
+    assert found == {"a": 2, "b": 1, "c": 4}
+    assert hostfile.choose(found, include=[], exclude=["b"], where="") == {"a": 2, "c": 4}
+    assert hostfile.choose(found, include=["c"], exclude=[], where="") == {"c": 4}
+    for include, exclude in ((["d"], []), ([], ["d"]), (["a"], ["a"])):
+        with pytest.raises(Refused):
+            hostfile.choose(found, include=include, exclude=exclude, where="")
+
+
+def test_no_hostfile_is_refused_and_not_taken_for_this_machine(repository):
+    with pytest.raises(Refused, match="launch.hosts.file"):
+        hosts.choose(load(repository / "launch/runs/medical_qa.yaml"))
+
+
+@pytest.fixture(scope="module")
+def own(repository):
+    return roll_call.facts(str(repository / "launch/runs/medical_qa.yaml"))
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({}, ""), ({"python": "3.12.1"}, "it has python 3.12.1"), ({"versions": {"torch": "2.4.0"}}, "it has torch 2.4.0, this host"),
+    ({"versions": {"deepspeed": "none"}}, "it has deepspeed none"), ({"code": "0"}, "its code of the harness differs"),
+    ({"run file": None}, "it has no such run file"), ({"run file": "0"}, "its run file differs"), ({"gpus": 2}, "gives it 4 slots, but it has 2 GPUs"),
+])
+def test_what_differs_is_named(own, change, problem):
+    own = own | {"gpus": 8}
+    answer = own | change | {"versions": own["versions"] | change.get("versions", {})}
+    found = roll_call.problems({"h1": answer, "h2": "No route to host"}, own, slots={"h1": 4, "h2": 4}, needs_gpus=True)
+    assert found.pop("h2") == "No route to host"
+    assert problem in found.get("h1", "") and bool(found) == bool(problem)
+
+
+def test_this_host_answers_itself(own, repository):
+    told = roll_call.ask(["localhost"], str(repository / "launch/runs/medical_qa.yaml"), ssh=("ssh",))
+    assert roll_call.problems(told, own, slots={"localhost": 1}, needs_gpus=False) == {}
