@@ -16,11 +16,12 @@ import xxhash
 
 from harness import files
 from harness.config.schema import Data
-from harness.data import ranges
+from harness.data import records
 from harness.data.backends import open_backend
 from harness.data.examples import example_of, identity_of, key_of
 from harness.data.packing import Packing, write_plan
-from harness.data.ranges import Broken, InputRange
+from harness.data.ranges import InputRange
+from harness.data.records import Broken
 from harness.data.template import Template
 from harness.errors import Refused
 from harness.formats import digest
@@ -208,7 +209,7 @@ def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
     gathering, counts, number = _Gathering(job), [], 0
     for part in job.parts:
         before = number
-        for record in ranges.read(part):
+        for record in records.read(part):
             if isinstance(record, Broken):
                 gathering.unreadable(record, part)
             elif record is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
-from harness.data import ranges, workers
+from harness.data import records, workers
 from harness.data.encode import KNOWN, ShardJob, SideJob, make_shard
 from harness.data.examples import example_of, key_of
 from harness.data.order import shards_of_epoch
@@ -165,7 +165,7 @@ def examples_of(groups: list[Group], run: RunFile) -> Iterator[Any]:
     """All examples of a source, in order, read anew."""
     for group in groups:
         for part in group:
-            for record in ranges.read(part):
+            for record in records.read(part):
                 if isinstance(record, dict) and (example := example_of(record, run.data)) is not None:
                     yield example
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 import mmap
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from harness.data import builtin
 from harness.errors import Refused
 
 BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
 CSV_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
-BATCH_ROWS = 1024
-BUFFER_BYTES = 1 << 20
 LARGEST_FIELD = 2**31 - 1
 
 
@@ -61,62 +52,16 @@ class InputRange:
     table: Any = None
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A record that cannot be read.
-
-    Attributes:
-        line: of its file, from 1.
-        reason: such as "is not JSON: Expecting value".
-    """
-
-    line: int
-    reason: str
-
-
-Record = dict[str, Any] | Broken | None
-"""What stands in a row; None for an empty line."""
-
-
-def read(part: InputRange) -> Iterator[Record]:
-    """The records of a range, in order.
-
-    Raises:
-        Refused: when its bytes are not in its encoding.
-    """
-    with _told(part):
-        yield from islice(_READERS[part.kind](part), part.limit)
+def whole_file(path: Path, shown: Path, kind: str, *, key: str, encoding: str, columns: tuple[str, ...]) -> InputRange:
+    """All of a file."""
+    size = path.stat().st_size
+    return InputRange(kind, str(path), str(shown), key, encoding, columns, 0, size, size)
 
 
 def cut(whole: InputRange, size: int) -> list[InputRange]:
     """Cut a file into ranges of about `size` bytes, at borders that depend on its bytes alone."""
-    with _told(whole):
+    with told(whole):
         return _CUTTERS[whole.kind](whole, size)
-
-
-def column_names(part: InputRange, count: int) -> list[str]:
-    """The names of the columns, or those of the first `count` records where there is no list of them."""
-    if part.kind == "csv":
-        return list(part.header)
-    if part.kind == "hub":
-        return part.table.column_names
-    if part.kind == "parquet":
-        import pyarrow.parquet as pq
-
-        return pq.read_schema(part.path).names
-    return list(dict.fromkeys(name for record in islice(read(part), count) if isinstance(record, dict) for name in record))
-
-
-@contextmanager
-def _told(part: InputRange) -> Iterator[None]:
-    """Say which file a library could not read."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise Refused(f"{part.shown} cannot be read as {part.kind}: {cause}", where=f"{part.key}.path", remedy="Mend the file, or set the right format.") from None
 
 
 def group(parts: list[InputRange], size: int) -> list[tuple[InputRange, ...]]:
@@ -133,25 +78,16 @@ def group(parts: list[InputRange], size: int) -> list[tuple[InputRange, ...]]:
     return groups
 
 
-def first_records(parts: list[InputRange], count: int) -> list[InputRange]:
-    """The ranges that hold the first `count` records, the last of them limited."""
-    kept = []
-    for part in parts:
-        held = sum(record is not None for record in read(part))
-        if held >= count:
-            return [*kept, replace(part, limit=_lines_for(part, count))]
-        count -= held
-        kept.append(part)
-    return kept
+@contextmanager
+def told(part: InputRange) -> Iterator[None]:
+    """Say which file a library could not read."""
+    import pyarrow as pa
 
-
-def _lines_for(part: InputRange, count: int) -> int:
-    """How many records, empty lines included, hold the first `count`."""
-    for number, record in enumerate(read(part), 1):
-        count -= record is not None
-        if count == 0:
-            return number
-    return number
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Refused(f"{part.shown} cannot be read as {part.kind}: {cause}", where=f"{part.key}.path", remedy="Mend the file, or set the right format.") from None
 
 
 def _at_bytes(whole: InputRange, size: int, border: Callable[[Any, int], int], first: int) -> list[InputRange]:
@@ -226,7 +162,7 @@ class _CountedLines:
             stream.seek(self.place)
             for line in stream:
                 for piece in CSV_LINES.findall(line) if b"\r" in line else (line,):
-                    text = _decode(piece, self.part, self.place)
+                    text = decode(piece, self.part, self.place)
                     self.place += len(piece)
                     self.number += 1
                     yield text
@@ -254,13 +190,17 @@ def _cut_rows(whole: InputRange, size: int) -> list[InputRange]:
     return [replace(whole, start=a, stop=b, size=whole.size // pieces) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def _bytes(part: InputRange) -> bytes:
-    with open(part.path, "rb") as stream:
-        stream.seek(part.start)
-        return stream.read(part.stop - part.start)
+def decode(content: bytes, part: InputRange, place: int) -> str:
+    """Bytes of a file as text.
 
+    Args:
+        content: that stand at `place` of it.
+        part: a range of the file.
+        place: of the first byte.
 
-def _decode(content: bytes, part: InputRange, place: int) -> str:
+    Raises:
+        Refused: they are not in its encoding; with the place and the encoding that the file looks like.
+    """
     try:
         return content.decode(part.encoding)
     except UnicodeDecodeError as error:
@@ -282,121 +222,6 @@ def _likely_encoding(path: str) -> str | None:
     return "gb18030" if found.encoding in ("gb2312", "gbk", "hz") else found.encoding
 
 
-def _lines_before(part: InputRange) -> int:
-    """Lines of the file in front of the range; counted only to name a broken one."""
-    count, place = 0, 0
-    with open(part.path, "rb") as stream:
-        while place < part.start and (block := stream.read(min(1 << 22, part.start - place))):
-            count += block.count(b"\n")
-            place += len(block)
-    return count
-
-
-def _read_jsonl(part: InputRange) -> Iterator[Record]:
-    for number, line in enumerate(_lines(part)):
-        if line.isspace():
-            yield None
-            continue
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            value = _loads_slowly(line, part, number)
-        yield value if isinstance(value, dict | Broken) else Broken(_lines_before(part) + number + 1, "is not a JSON object")
-
-
-def _lines(part: InputRange) -> Iterator[bytes]:
-    """The lines of a range, in UTF-8."""
-    if part.encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "ascii"):
-        yield from io.BytesIO(_decode(_bytes(part), part, part.start).encode("utf-8", "surrogatepass"))
-        return
-    with open(part.path, "rb", buffering=BUFFER_BYTES) as stream:
-        stream.seek(part.start)
-        left = part.stop - part.start
-        while left > 0 and (line := stream.readline()):
-            left -= len(line)
-            yield line
-
-
-def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
-    """What orjson refuses and the standard library reads (NaN, half a surrogate pair), or what is wrong with the line."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError:
-        _decode(_bytes(part), part, part.start)
-        raise
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return Broken(_lines_before(part) + number + 1, f"is not JSON: {error.msg}")
-
-
-def _read_csv(part: InputRange) -> Iterator[Record]:
-    lines = io.StringIO(_decode(_bytes(part), part, part.start), newline="")
-    csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(lines, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {error}")
-            continue
-        if len(row) > len(part.header):
-            yield Broken(_lines_before(part) + line, f"has {len(row)} fields where the header has {len(part.header)}")
-        else:
-            yield dict(zip(part.header, row, strict=False)) if row else None
-
-
-def _read_text(part: InputRange) -> Iterator[Record]:
-    """Documents of some 4,000 characters, cut at empty lines."""
-    text = io.StringIO(_decode(_bytes(part), part, part.start), newline=None).read()
-    for document in builtin.cut_at_paragraphs(LEADING_BLANK_LINES.sub("", text), builtin.LONGEST_DOCUMENT):
-        yield {part.columns[0]: document}
-
-
-def _read_parquet(part: InputRange) -> Iterator[Record]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(part.path) as parquet:
-        first, chosen, begin = 0, [], 0
-        for number in range(parquet.metadata.num_row_groups):
-            rows = parquet.metadata.row_group(number).num_rows
-            if first < part.stop and first + rows > part.start:
-                begin = first if not chosen else begin
-                chosen.append(number)
-            first += rows
-        place = begin
-        columns = [name for name in part.columns if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=chosen, columns=columns):
-            low, high = max(part.start - place, 0), min(part.stop - place, batch.num_rows)
-            if low < high:
-                yield from batch.slice(low, high - low).to_pylist()
-            place += batch.num_rows
-
-
-def _read_hub(part: InputRange) -> Iterator[Record]:
-    columns = [name for name in part.columns if name in part.table.column_names]
-    for first in range(part.start, part.stop, BATCH_ROWS):
-        yield from part.table.data.table.slice(first, min(BATCH_ROWS, part.stop - first)).select(columns).to_pylist()
-
-
-def _read_builtin(part: InputRange) -> Iterator[Record]:
-    rows = builtin.python_prose() if part.path == "python-prose" else builtin.python_questions()
-    for row in rows[part.start : part.stop]:
-        yield dict(zip(part.columns, (row,) if isinstance(row, str) else row, strict=True))
-
-
-_READERS: dict[str, Callable[[InputRange], Iterator[Record]]] = {
-    "jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet, "hub": _read_hub, "builtin": _read_builtin,
-}
 _CUTTERS: dict[str, Callable[[InputRange, int], list[InputRange]]] = {
     "jsonl": _cut_jsonl, "csv": _cut_csv, "text": _cut_text, "parquet": _cut_parquet, "hub": _cut_rows, "builtin": _cut_rows,
 }
-
-
-def whole_file(path: Path, shown: Path, kind: str, *, key: str, encoding: str, columns: tuple[str, ...]) -> InputRange:
-    """All of a file."""
-    size = path.stat().st_size
-    return InputRange(kind, str(path), str(shown), key, encoding, columns, 0, size, size)

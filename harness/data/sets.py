@@ -15,7 +15,8 @@ from harness.data.mixture import MixedTable, Share
 from harness.data.packing import Packing
 from harness.data.plans import wanted
 from harness.data.rows import OPEN_SHARDS, RowTable
-from harness.data.store import Store, open_store
+from harness.data.remote import open_store
+from harness.data.store import Store
 from harness.data.template import Template
 from harness.errors import HarnessError, Refused
 from harness.formats.index import ShardFile, shard_name

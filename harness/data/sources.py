@@ -12,7 +12,7 @@ from typing import Any
 
 from harness import files
 from harness.config.schema import Data, Source
-from harness.data import builtin, ranges
+from harness.data import builtin, ranges, records
 from harness.data.examples import columns_of, optional_columns_of
 from harness.data.ranges import InputRange
 from harness.errors import Refused
@@ -76,7 +76,7 @@ def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int)
     """
     parts = [part for whole in _wholes(source, data, key=key, cache=cache) for part in ranges.cut(whole, size)]
     if source.max_rows is not None:
-        parts = ranges.first_records(parts, source.max_rows)
+        parts = records.first_records(parts, source.max_rows)
     _check_columns(parts, source, data, key)
     return ranges.group(parts, size)
 
@@ -110,9 +110,9 @@ def _wholes(source: Source, data: Data, *, key: str, cache: Path) -> list[InputR
 
 def _check_columns(parts: list[InputRange], source: Source, data: Data, key: str) -> None:
     """Look at the names, or the first records, for the columns that the shape needs."""
-    if not any(record is not None for part in parts for record in islice(ranges.read(part), LOOKED_AT)):
+    if not any(record is not None for part in parts for record in islice(records.read(part), LOOKED_AT)):
         raise Refused("The source has no rows.", where=f"{key} ({source.path or source.hub})", remedy="Give a file with examples.")
-    names = ranges.column_names(parts[0], LOOKED_AT)
+    names = records.column_names(parts[0], LOOKED_AT)
     for name in columns_of(data):
         if names and name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)

@@ -21,7 +21,8 @@ from harness.config.schema import Source
 from harness.data import prepare as module
 from harness.data import ranges, sources
 from harness.data.prepare import prepare
-from harness.data.ranges import Broken, InputRange
+from harness.data.ranges import InputRange
+from harness.data.records import Broken, Record, read
 from harness.errors import Refused
 from harness.formats.index import read_index
 from tests.data.conftest import make_run, write_pairs
@@ -33,12 +34,12 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 SIZES = st.integers(1, 200)
 
 
-def records(path: Path, kind: str, size: int, *, encoding: str = "utf-8", columns: tuple[str, ...] = COLUMNS) -> list[ranges.Record]:
+def records(path: Path, kind: str, size: int, *, encoding: str = "utf-8", columns: tuple[str, ...] = COLUMNS) -> list[Record]:
     """All records of a file that is cut into ranges of `size` bytes, in order."""
     whole = ranges.whole_file(path, path, kind, key="data.train", encoding=encoding, columns=columns)
     parts = ranges.cut(whole, size)
     _adjacent(parts)
-    return [record for part in parts for record in ranges.read(part)]
+    return [record for part in parts for record in read(part)]
 
 
 def _adjacent(parts: list[InputRange]) -> None:
@@ -239,11 +240,11 @@ def test_many_small_files_make_one_shard(tmp_path):
 # Encodings
 
 
-def _opened(tmp_path: Path, source: Source, size: int, shape: str = "prompt_completion") -> list[ranges.Record]:
+def _opened(tmp_path: Path, source: Source, size: int, shape: str = "prompt_completion") -> list[Record]:
     """The records of a source as preparation reads them."""
     data = make_run(tmp_path, train=source.model_dump(), shape=shape).data
     groups = sources.open_source(source, data, key="data.train", cache=tmp_path / "cache", size=size)
-    return [record for group in groups for part in group for record in ranges.read(part) if record is not None]
+    return [record for group in groups for part in group for record in read(part) if record is not None]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-8", "gb18030", "big5", "shift_jis", "cp1252", "cp037", "iso2022_jp"])

@@ -19,7 +19,8 @@ import pytest
 from harness import files
 from harness.data import fetch as module
 from harness.data.fetch import redact
-from harness.data.store import LocalStore, RemoteStore, Wanted, open_store
+from harness.data.remote import RemoteStore, open_store
+from harness.data.store import LocalStore, Wanted
 from harness.errors import Failure, Refused
 from harness.testing.server import serving, wanted
 
@@ -66,7 +67,7 @@ def until(condition, *, seconds: float = 10) -> None:
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
-    head = "import json, os, random, signal, sys, time\nfrom pathlib import Path\nfrom harness.formats import digest\nfrom harness.data.store import *\n"
+    head = "import json, os, random, signal, sys, time\nfrom pathlib import Path\nfrom harness.formats import digest\nfrom harness.data.remote import *\n"
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.data.store import RemoteStore, Wanted
+from harness.data.remote import RemoteStore
+from harness.data.store import Wanted
 from harness.formats import digest
 from harness.errors import Failure
 
