@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.engine.at_start import hasten
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
@@ -22,6 +24,7 @@ def open_engine(run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any
         device: where this rank computes.
         weights: folder or hub name to load from, or None for fresh weights (also when a checkpoint follows).
     """
+    hasten()
     if run.engine.pipeline_stages > 1:
         from harness.engine.pipeline import PipelineEngine
 
