@@ -7,13 +7,13 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PHASES = ("start", "meet", "build", "load", "data", "forward", "backward", "reduce", "step", "save", "evaluate", "generate", "end")
 VARIABLE = "HARNESS_HEARTBEAT"
 _NAME = "harness-heartbeat"
-_SLOT_BYTES = 64
-_SLOT = struct.Struct("<dqqq")
+_SLOT = struct.Struct(f"<dqqqd{len(PHASES)}d")
+_SLOT_BYTES = -(-_SLOT.size // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,16 @@ class Beat:
         step: optimizer step that the rank is in; 0 before the first.
         phase: one of PHASES.
         count: marks so far.
+        began: when the rank was started, in seconds since the epoch; 0 before its first mark.
+        spent_s: seconds in each phase up to this mark; phases that did not occur are left out.
     """
 
     at_s: float
     step: int
     phase: str
     count: int
+    began: float = 0.0
+    spent_s: dict[str, float] = field(default_factory=dict)
 
 
 class Board:
@@ -45,7 +49,7 @@ class Board:
         os.ftruncate(self.descriptor, ranks * _SLOT_BYTES)
         self._memory = mmap.mmap(self.descriptor, ranks * _SLOT_BYTES)
         for local_rank in range(ranks):  # silence is counted from here, not from the host's start
-            _SLOT.pack_into(self._memory, local_rank * _SLOT_BYTES, time.monotonic(), 0, 0, 0)
+            _SLOT.pack_into(self._memory, local_rank * _SLOT_BYTES, time.monotonic(), 0, 0, 0, 0.0, *[0.0] * len(PHASES))
 
     def variable(self, local_rank: int) -> dict[str, str]:
         """What a rank, which must inherit the descriptor, finds in its environment."""
@@ -53,8 +57,8 @@ class Board:
 
     def beat(self, local_rank: int) -> Beat:
         """The last mark of a rank."""
-        at_s, step, phase, count = _SLOT.unpack_from(self._memory, local_rank * _SLOT_BYTES)
-        return Beat(at_s, step, PHASES[phase], count)
+        at_s, step, phase, count, began_at, *spent_s = _SLOT.unpack_from(self._memory, local_rank * _SLOT_BYTES)
+        return Beat(at_s, step, PHASES[phase], count, began_at, _rounded(dict(zip(PHASES, spent_s, strict=True))))
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -88,7 +92,7 @@ class Pulse:
 
     def _write(self, now_s: float) -> None:
         if self._slot is not None:
-            self._slot(now_s, self._step, self._phase, self._count)
+            self._slot(now_s, self._step, self._phase, self._count, self.began, *self.spent_s.values())
 
 
 def _inherited() -> Callable[..., None] | None:
@@ -125,4 +129,13 @@ def began() -> float:
 
 def spent() -> dict[str, float]:
     """Seconds of each phase of this process up to its last mark, rounded; phases that did not occur are left out."""
-    return {phase: round(seconds, 3) for phase, seconds in _PULSE.spent_s.items() if seconds}
+    return _rounded(_PULSE.spent_s)
+
+
+def standing() -> float:
+    """Seconds since the last mark of this process: the phase that is going on, which `spent()` leaves out."""
+    return round(time.monotonic() - _PULSE._since_s, 3)
+
+
+def _rounded(spent_s: dict[str, float]) -> dict[str, float]:
+    return {phase: round(seconds, 3) for phase, seconds in spent_s.items() if seconds}

@@ -18,6 +18,7 @@ VERBS = {
     "verify": "does a run's newest checkpoint hold, and is it what was saved",
     "export": "a Hugging Face folder from a checkpoint",
     "generate": "answer a prompt with an exported folder",
+    "review": "what the time of a run went to, over all its restarts",
     "data": "which documents a step trained on; when a row was trained",
 }
 
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     added["launch"].add_argument("--follow", action="store_true", help="show the log of a Slurm or Kubernetes job as it grows")
     added["verify"].add_argument("run_dir", metavar="RUN_DIR")
     added["verify"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400; by default the newest")
+    added["review"].add_argument("run_dir", metavar="RUN_DIR")
+    added["review"].add_argument("--json", action="store_true", help="as one JSON object, in seconds")
     added["export"].add_argument("run_dir", metavar="RUN_DIR")
     added["export"].add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
     added["export"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400, or best; by default the newest")

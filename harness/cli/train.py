@@ -10,7 +10,7 @@ import time
 from harness import world as worlds
 from harness.config.load import Loaded, load
 from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, PeerLost, StopRequested
-from harness.heartbeat import mark, spent
+from harness.heartbeat import began, mark, spent, standing
 from harness.log import say, say_traceback
 from harness.world import World
 
@@ -54,6 +54,8 @@ def _train(loaded: Loaded, world: World) -> int:
             _preflight(loaded, world, use_gpu)
             check_same_run(loaded)
             attempt = Attempt.begin(loaded)
+        else:
+            _load_libraries()
         _build_operators(loaded, speak=world.is_main)
         from harness.train.compose import train
 
@@ -90,6 +92,13 @@ def _preflight(loaded: Loaded, world: World, use_gpu: bool) -> None:
     check(loaded, ranks=world.size, has_gpu=use_gpu, ahead=True)
 
 
+def _load_libraries() -> None:
+    """Load beside rank 0, while it checks the run, what its checks load; later all would wait for it."""
+    import harness.model.build
+    import harness.model.configure
+    import transformers.modeling_utils  # noqa: F401
+
+
 def _use_gpu(loaded: Loaded) -> bool:
     import torch
 
@@ -110,6 +119,9 @@ def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: i
     from harness import distributed
     from harness.formats import ledger, outcome
 
+    orderly = state not in ("failed", "lost")
+    waited_s = 0.0 if orderly else standing()  # in the phase in which it went wrong, nobody knows since when
+    phases = None if orderly else spent()
     mark("end")
     if os.path.isdir(loaded.run.run_dir):
         number = getattr(attempt, "number", 0)
@@ -120,7 +132,7 @@ def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: i
             outcome.write_outcome(loaded.run.run_path, end)
             ledger.append(
                 loaded.run.run_path, "finish" if code == EXIT_DONE else "stop", attempt=number, state=state, code=code, reason=reason,
-                step=last_step, phases=spent(),
+                step=last_step, began=began(), phases=phases or spent(), waited_s=waited_s,
             )
     if state in ("done", "stopped"):
         distributed.shutdown()

@@ -23,7 +23,7 @@ from harness.heartbeat import Board
 from harness.launch import stacks
 from harness.launch.job import Node
 from harness.launch.peers import Peers
-from harness.launch.verdict import End, Ended
+from harness.launch.verdict import End, Ended, Gone
 from harness.log import say
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -57,6 +57,7 @@ class Starter:
         self.requests = 0
         self.ranks: dict[int, subprocess.Popen[bytes]] = {}
         self.first: End | None = None
+        self.gone: Gone | None = None
         self._board = Board(node.ranks)
         self._peers = Peers(node, self.host)
         self._ended_at_s = 0.0
@@ -80,7 +81,7 @@ class Starter:
             self._end_strays()
         self._peers.close()
         self._board.close()
-        return Ended(self.requests > 0, self.first)
+        return Ended(self.requests > 0, self.first, self.gone)
 
     def _start(self) -> None:
         held = int(os.environ.get(HELD, "-1"))
@@ -127,6 +128,9 @@ class Starter:
     def _note(self, local_rank: int, code: int) -> None:
         child = self.ranks.pop(local_rank)
         child.returncode = code
+        if local_rank == 0:
+            beat = self._board.beat(0)
+            self.gone = Gone(beat, time.time(), time.monotonic() - beat.at_s)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGTERM)  # what a rank leaves behind works for nobody
         self._ended_at_s = self._ended_at_s or time.monotonic()

@@ -75,16 +75,39 @@ class End:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """The end of the first rank of a host, whose clock the ledger keeps.
+
+    Attributes:
+        beat: its last mark.
+        time: when it was gone, in seconds since the epoch.
+        waited_s: how long before that it made its last mark.
+    """
+
+    beat: Beat
+    time: float
+    waited_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """For the ledger, in the words that a rank uses itself; nothing of a rank that ended before it kept time."""
+        if not self.beat.began:
+            return {}
+        return {"began": self.beat.began, "phases": self.beat.spent_s, "waited_s": round(self.waited_s, 3), "gone": self.time}
+
+
+@dataclass(frozen=True)
 class Ended:
     """How the ranks of a host ended.
 
     Attributes:
         asked: they were asked to stop.
         first: the first that ended badly, if any.
+        gone: the end of the first rank of the host.
     """
 
     asked: bool
     first: End | None
+    gone: Gone | None = None
 
 
 def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
@@ -102,7 +125,8 @@ def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
     if writes and final is not told and run_dir.is_dir():
         final = replace(final, step=outcome.last_step(run_dir), attempt=outcome.newest_attempt(run_dir)[0])
         outcome.write_outcome(run_dir, final)
-        ledger.append(run_dir, "stop", attempt=final.attempt, state=final.state, code=final.code, reason=final.reason, step=final.step)
+        facts = ended.gone.facts() if ended.gone else {}
+        ledger.append(run_dir, "stop", attempt=final.attempt, state=final.state, code=final.code, reason=final.reason, step=final.step, **facts)
     return final.code
 
 

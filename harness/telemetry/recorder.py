@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from harness.formats import metrics as table
+from harness.heartbeat import spent
 from harness.telemetry.display import Display
 
 
@@ -29,6 +30,7 @@ class Recorder:
         self._board = self._open_board(resumed_step)
         self._display = Display(total_steps, done=resumed_step)
         self._process = psutil.Process()
+        self._told_s: dict[str, float] = {}
 
     @classmethod
     def open(cls, run_dir: Path, *, attempt: int, main: bool, resumed_step: int, total_steps: int) -> Recorder | Silence:
@@ -84,6 +86,9 @@ class Recorder:
         for tag, value in values.items():
             entry[table.check(tag)] = value
             self._board.add_scalar(tag, value, step)
+        spent_s = spent()
+        entry["phases"] = {phase: round(found, 3) for phase, seconds in spent_s.items() if (found := seconds - self._told_s.get(phase, 0.0)) > 0}
+        self._told_s = spent_s
         self._lines.write(json.dumps(entry) + "\n")
         self._lines.flush()
 

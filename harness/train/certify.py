@@ -15,6 +15,7 @@ from harness.data.rows import RowTable
 from harness.data.sets import RunData
 from harness.errors import CheckFailed, HarnessError
 from harness.formats.certificate import Certificate, Group, NextRows, Probe
+from harness.heartbeat import mark
 from harness.log import say
 from harness.train.evaluate import evaluate
 from harness.train.schedule import Schedule
@@ -50,7 +51,9 @@ class Witness:
         """What a certificate holds beside the tensors. Collective."""
         whole = distributed.broadcast_object(self.data.is_whole)
         rows = self.rows(self.order(), progress, count=2 * self.batch_rows) if whole and self.grid.rank == 0 else None
-        return {"groups": self.groups(), "rows": rows, "probe": self.probe() if whole else None}
+        probe = self.probe() if whole else None
+        mark("save")
+        return {"groups": self.groups(), "rows": rows, "probe": probe}
 
     def check(self, found: tuple[Path, Manifest], progress: Progress, *, order: Any, schedule: Schedule) -> None:
         """Compare what was loaded with what was saved. Collective.

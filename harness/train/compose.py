@@ -22,7 +22,7 @@ from harness.data.sets import RunData, open_data
 from harness.errors import HarnessError, Refused
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
-from harness.heartbeat import began, mark
+from harness.heartbeat import began, mark, spent
 from harness.log import say
 from harness.model.configure import load_config, load_tokenizer
 from harness.resilience.agreement import Agreement
@@ -84,7 +84,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         attempt.write_deepspeed(ds_config)
     found = _newest_checkpoint(run.run_path)
     changes = Changes.since(run, data, found)
-    _note(run.run_path, "start", attempt=number, began=began(), ranks=world.size, host=world.host, rows=table.fingerprint,
+    _note(run.run_path, "start", attempt=number, began=began(), phases=spent(), ranks=world.size, host=world.host, rows=table.fingerprint,
           first_row=changes.first_row(found), passed=changes.passed(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     _check_room(run, engine)

@@ -86,6 +86,8 @@ class Trainer:
             now = time.perf_counter()
             self._open(batch, result, lr=lr, seconds=now - self._clock - self._stood_s)
             self._clock, self._stood_s = now, 0.0
+            if not self._is_running:
+                asked |= self._settle()
             ended = self._boundary(asked)
         assert self._last is not None, "a run ends with an evaluation"
         return self._last
