@@ -15,6 +15,7 @@ LIGHT = [
     "harness.formats.ledger", "harness.launch.local", "harness.launch.operators", "harness.launch.node", "harness.launch.again", "harness.launch.slurm", "harness.launch.kubernetes",
     "harness.supervise.relaunch", "harness.supervise.slurm", "harness.supervise.kubernetes", "harness.review.goodput", "harness.cli.review", "harness.heartbeat", "harness.cli.main", "harness.cli.launch",
     "harness.data.order", "harness.data.rows", "harness.data.loader",
+    "harness.preflight.machine", "harness.preflight.remote", "harness.preflight.ranks", "harness.cli.doctor",
 ]
 HEAVY = "torch deepspeed transformers datasets pandas"
 

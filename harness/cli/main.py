@@ -13,6 +13,7 @@ from harness.errors import EXIT_REFUSED, HarnessError
 VERBS = {
     "prepare": "raw text or conversations -> token shards with an index",
     "plan": "dry run: the merged configuration, the batch equation, memory, every refusal",
+    "doctor": "is this machine, is this cluster, fit to train",
     "launch": "start the ranks of a run and wait for its outcome",
     "train": "one rank of a run: what launchers end in",
     "verify": "does a run's newest checkpoint hold, and is it what was saved",
@@ -36,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     added["launch"].add_argument("--on", choices=["local", "hosts", "mpi", "slurm", "kubernetes"], default="local", help="where the ranks run")
     added["launch"].add_argument("--print", action="store_true", dest="print_only", help="show the command, script or manifest instead of running it")
     added["launch"].add_argument("--follow", action="store_true", help="show the log of a Slurm or Kubernetes job as it grows")
+    added["doctor"].add_argument("--run", metavar="RUN.yaml", help="what it shall be fit for: ranks, folders, offload")
+    added["doctor"].add_argument("--hosts", metavar="FILE", help="also these machines, over ssh: lines `NAME slots=N`, as DeepSpeed reads them")
+    added["doctor"].add_argument("--build", action="store_true", help="compile DeepSpeed's operators that are missing")
+    added["doctor"].add_argument("--json", action="store_true", help="for programs")
     added["verify"].add_argument("run_dir", metavar="RUN_DIR")
     added["verify"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400; by default the newest")
     added["review"].add_argument("run_dir", metavar="RUN_DIR")

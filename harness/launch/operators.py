@@ -135,14 +135,14 @@ def build(names: list[str], *, speak: bool) -> None:
         Failure: with the compiler's last words.
     """
     tell = say if speak else _silent
-    if all(_built(name) for name in names):
+    if all(is_built(name) for name in names):
         return
     folder().mkdir(parents=True, exist_ok=True)
     waiting = "Another process is building DeepSpeed's operators; waiting for it ..."
     with locks.exclusive(folder() / ".building", notice=lambda: tell(waiting)) as held:
         for name in names:
             stale = [_clear(folder() / label / "lock", tell) for label in FOLDERS[name]]
-            if any(stale) or not _built(name):
+            if any(stale) or not is_built(name):
                 _compile(name, held, tell)
 
 
@@ -160,7 +160,7 @@ def _clear(lock: Path, tell: Callable[[str], None]) -> bool:
     return stale
 
 
-def _built(name: str) -> bool:
+def is_built(name: str) -> bool:
     places = [folder() / label for label in FOLDERS[name]]
     return all(any(place.glob("*.so")) and not (place / "lock").exists() for place in places)
 

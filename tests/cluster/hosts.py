@@ -69,7 +69,9 @@ def missing() -> str:
         return "hosts in namespaces need root"
     if absent := [name for name in PROGRAMS if _program(name) is None]:
         return f"hosts in namespaces need {', '.join(absent)} (Debian: apt-get install openssh-server openssh-client iproute2)"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True
+    )
     return f"this machine gives no namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -106,8 +108,23 @@ class Cluster:
 
     def command(self, host: int, words: Sequence[object]) -> list[str]:
         """The words that run `words` inside a host, in the current folder; the command dies with the process that they start."""
-        return ["nsenter", "-t", str(self._inits[host]), "-n", "-u", "-i", "-m", "-p", f"--wd={os.getcwd()}", "--",
-                "setpriv", "--pdeathsig", "KILL", "--", *map(str, words)]
+        return [
+            "nsenter",
+            "-t",
+            str(self._inits[host]),
+            "-n",
+            "-u",
+            "-i",
+            "-m",
+            "-p",
+            f"--wd={os.getcwd()}",
+            "--",
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            *map(str, words),
+        ]
 
     def run(self, host: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command inside a host to its end, with stdout and stderr as text; it is killed after `timeout` seconds."""
@@ -212,8 +229,12 @@ class Cluster:
         """A process that dies with this one, and takes its child along."""
         with open(log, "wb") as stream:
             return subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *words], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
-                env=os.environ | {"SSHD": str(_program("sshd"))}, start_new_session=True,
+                ["setpriv", "--pdeathsig", "KILL", "--", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=os.environ | {"SSHD": str(_program("sshd"))},
+                start_new_session=True,
             )
 
     def _plug(self, number: int) -> None:

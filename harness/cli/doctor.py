@@ -1,0 +1,80 @@
+"""`harness doctor`: every check of a machine, or of a cluster, with what to type where one fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from harness import world
+from harness.errors import EXIT_DONE, CheckFailed, HarnessError, Refused
+
+if TYPE_CHECKING:
+    from harness.preflight.cluster import Diagnosis
+
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine, print, and answer with 4 when a check failed; among several ranks the first one speaks."""
+    try:
+        return _run(arguments)
+    except HarnessError as error:
+        if world.current().rank == 0:
+            raise
+        return error.exit_code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from harness.preflight import cluster, ranks, remote
+
+    place = world.current()
+    if place.size > 1:
+        if arguments.hosts:
+            raise Refused(
+                "--hosts goes over ssh, but this is one of several ranks already.",
+                where="command line",
+                remedy="Leave out --hosts, or start it without the launcher.",
+            )
+        diagnosis = ranks.examine(place, run_file=arguments.run, build=arguments.build)
+    elif arguments.hosts:
+        diagnosis = remote.examine(Path(arguments.hosts), run_file=arguments.run, build=arguments.build)
+    else:
+        diagnosis = cluster.this_machine(run_file=arguments.run, build=arguments.build)
+    if place.rank == 0:
+        _show(diagnosis, as_json=arguments.json)
+    if failures := diagnosis.failures():
+        raise CheckFailed(f"{failures} of {len(diagnosis.rows())} checks failed.")
+    return EXIT_DONE
+
+
+def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
+    """A table for people, plain lines where nobody looks at a terminal, or JSON for programs."""
+    if as_json:
+        print(json.dumps(diagnosis.to_json(), indent=2))
+        return
+    console, several = Console(), len(diagnosis.hosts) > 1
+    if not console.is_terminal:
+        for hosts, finding in diagnosis.rows():
+            print(f"{finding.state}  {f'{hosts}: ' if several else ''}{finding.name}: {finding.what}")
+            if finding.remedy:
+                print(f"      remedy: {finding.remedy}")
+        return
+    table = Table("", *(["where"] if several else []), "check", Column("what was seen, and the remedy", overflow="fold"))
+    for hosts, finding in diagnosis.rows():
+        colour = _COLOURS[finding.state]
+        remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
+        cells = [_plain(hosts)] if several else []
+        table.add_row(f"[{colour}]{finding.state}[/]", *cells, finding.name, _plain(finding.what + remedy))
+    console.print(table)
+
+
+def _plain(text: str) -> str:
+    """Text whose square brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(text)
