@@ -13,7 +13,7 @@ from harness.preflight.findings import Finding, failed, passed, skipped, warned
 from harness.units import format_bytes
 
 MIN_FILES, GOOD_FILES = 256, 1024
-MIN_DISK_BYTES, GOOD_DISK_BYTES = 256 << 20, 5 << 30
+MIN_DISK_BYTES, GOOD_DISK_BYTES = 16 << 20, 5 << 30
 MIN_MEMORY_BYTES = 2 << 30
 CAP_IPC_LOCK = 14
 

@@ -126,7 +126,7 @@ def refuse_unfit(loaded: Loaded, *, hosts: int = 1) -> None:
 def _quick(purpose: Purpose, *, gpu: bool) -> list[Finding]:
     ranks = purpose.ranks or (operators.num_gpus() if gpu else min(2, len(os.sched_getaffinity(0))))
     return [
-        shared_memory.room(ranks=ranks, gpu=gpu and ranks > 1),
+        shared_memory.room(ranks=ranks, gpu=gpu),
         host.open_files(),
         host.own_name(hosts=purpose.hosts),
         host.disk(Path(purpose.run_dir)),

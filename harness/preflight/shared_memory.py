@@ -29,11 +29,12 @@ def room(*, ranks: int, gpu: bool, folder: Path = Path("/dev/shm")) -> Finding:
         usage = shutil.disk_usage(folder)
     except OSError as error:
         return failed(name, f"{folder} cannot be used: {error.strerror}.", f"mkdir -p {folder} && mount -t tmpfs -o mode=1777 tmpfs {folder}")
-    needed = ranks * SEGMENT_BYTES if not gpu and ranks > 1 else 0
     seen = f"{folder}: {format_bytes(usage.free)} free of {format_bytes(usage.total)}"
-    if usage.free < max(needed, SEGMENT_BYTES):
-        return failed(name, f"{seen}; {ranks} ranks need {format_bytes(max(needed, SEGMENT_BYTES))}.", remedy)
-    if gpu and usage.total < NCCL_SHM_BYTES:
+    needed = 0 if gpu else ranks * SEGMENT_BYTES
+    if usage.free < needed:
+        verdict = failed if ranks > 1 else warned  # one rank alone may not use it
+        return verdict(name, f"{seen}; {ranks} ranks need {format_bytes(needed)}.", remedy)
+    if gpu and ranks > 1 and usage.total < NCCL_SHM_BYTES:
         return warned(name, f"{seen}; NCCL wants {format_bytes(NCCL_SHM_BYTES)}.", remedy)
     return passed(name, seen)
 
