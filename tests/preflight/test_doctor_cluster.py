@@ -58,28 +58,28 @@ def sick(tmp_path_factory):
         json.dumps({"run_dir": str(run_dir), "data": {"dir": "data"}, "model": {"path": "gpt2"}, "train": {"steps": 1, "global_batch_rows": 4}})
     )
     (folder / "units.py").write_text((root / "units.py").read_text() + "\n# changed\n")
-    three = Cluster(folder / "cluster", 4)
+    four = Cluster(folder / "cluster", 4)
     try:
-        three.hostfile.write_text("h0 slots=1\nh1 slots=1\nh2 slots=1\nh3 slots=1\nh9 slots=1\n")
-        three.write_hosts(1, three.read_hosts(1).replace("10.77.0.11 h1", "127.0.1.1 h1"))
-        three.own_folder(1, run_dir)
-        three.own_folder(1, plants)
-        three.run(1, "bash", "-c", f"echo '{LATE_CLOCK}' > {plants}/sitecustomize.py")
-        three.own_folder(2, plants)
-        three.run(
+        four.hostfile.write_text("h0 slots=1\nh1 slots=1\nh2 slots=2\nh3 slots=1\nh9 slots=1\n")
+        four.write_hosts(1, four.read_hosts(1).replace("10.77.0.11 h1", "127.0.1.1 h1"))
+        four.own_folder(1, run_dir)
+        four.own_folder(1, plants)
+        four.run(1, "bash", "-c", f"echo '{LATE_CLOCK}' > {plants}/sitecustomize.py")
+        four.own_folder(2, plants)
+        four.run(
             2,
             "bash",
             "-c",
             f"mkdir {plants}/tokenizers-0.0.1.dist-info; printf 'Metadata-Version: 2.1\\nName: tokenizers\\nVersion: 0.0.1\\n' > {plants}/tokenizers-0.0.1.dist-info/METADATA",
         )
-        assert three.run(2, "mount", "--bind", folder / "units.py", root / "units.py").returncode == 0
-        assert three.run(2, "ip", "route", "add", "prohibit", "10.77.0.11/32").returncode == 0
-        three.run(2, "mount", "-o", "remount,size=1m", "/dev/shm")
-        three.link(3, up=False)
+        assert four.run(2, "mount", "--bind", folder / "units.py", root / "units.py").returncode == 0
+        assert four.run(2, "ip", "route", "add", "prohibit", "10.77.0.11/32").returncode == 0
+        four.run(2, "mount", "-o", "remount,size=1m", "/dev/shm")
+        four.link(3, up=False)
         path = f"{plants}:{os.environ['PYTHONPATH']}"
-        yield _doctor(three, "--hosts", three.hostfile, "--run", folder / "run.yaml", env={"PYTHONPATH": path})
+        yield _doctor(four, "--hosts", four.hostfile, "--run", folder / "run.yaml", env={"PYTHONPATH": path})
     finally:
-        three.down()
+        four.down()
 
 
 def test_the_code_says_that_checks_failed(sick):
