@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import select
 import shlex
 import socket
@@ -19,43 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refused
+from harness.launch import hosts as launch
+from harness.launch.hostfile import read_hostfile
 from harness.preflight import cluster
 from harness.preflight.findings import REPORT_VERSION, Finding, Report, failed, from_json, passed
 from harness.preflight.machine import Purpose
 
 CONNECT_S, ANSWER_S, REPORT_S, BUILD_S = 10, 30.0, 180.0, 1800.0
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-CARRIED = ("PYTHONPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_EXTENSIONS_DIR", "CUDA_HOME")
-"""Variables that every rank must see: what is set here is tried there."""
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """The slots by host, in the order of the file.
-
-    Raises:
-        Refused: with the line that DeepSpeed would not read either.
-    """
-    if not path.is_file():
-        raise Refused(
-            f"There is no hostfile {path}; DeepSpeed would train on this machine alone.",
-            where=str(path),
-            remedy="Write lines such as `node1 slots=8`.",
-        )
-    slots: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip() or line.strip().startswith("#"):
-            continue
-        match = re.match(r"^(\S+)\s+slots=(\d+)", line)
-        if match is None or match.group(1) in slots:
-            problem = f"{match.group(1)} stands twice" if match else f"{line.strip()!r} is not `NAME slots=N`"
-            raise Refused(
-                f"The hostfile cannot be used: {problem}.", where=f"{path}:{number}", remedy="Write one line a host, such as `node1 slots=8`."
-            )
-        slots[match.group(1)] = int(match.group(2))
-    if not slots:
-        raise Refused("The hostfile names no host.", where=str(path), remedy="Write lines such as `node1 slots=8`.")
-    return slots
 
 
 class Silent(Exception):
@@ -68,7 +38,8 @@ class Remote:
     def __init__(self, name: str):
         self.name = name
         self._errors = tempfile.TemporaryFile()
-        carried = " ".join(f"{key}={shlex.quote(os.environ[key])}" for key in CARRIED if os.environ.get(key))
+        passed_on = {key: value for key, value in os.environ.items() if key.startswith(launch.PASSED_ON) and key not in launch.KEPT}
+        carried = " ".join(f"{key}={shlex.quote(value)}" for key, value in passed_on.items())
         folder = shlex.quote(os.getcwd())
         command = f"cd {folder} && exec env {carried} {shlex.quote(sys.executable)} -m harness.preflight.agent"
         self._process = subprocess.Popen(
@@ -242,7 +213,7 @@ def examine(hostfile: Path, *, run_file: str | None, build: bool) -> cluster.Dia
     Raises:
         Refused: the hostfile or the run file cannot be read.
     """
-    slots = read_hostfile(hostfile)
+    slots = read_hostfile(hostfile, where="--hosts")
     purposes = {host: cluster.purpose(run_file, hosts=len(slots), ranks=count) for host, count in slots.items()}
     with Hosts(list(slots)) as hosts:
         reports = hosts.reports(purposes, build=build)
