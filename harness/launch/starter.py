@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -84,8 +85,7 @@ class Starter:
         return Ended(self.requests > 0, self.first, self.gone)
 
     def _start(self) -> None:
-        held = int(os.environ.get(HELD, "-1"))
-        descriptors = [self._board.descriptor, *([held] if held >= 0 else [])]
+        descriptors = [self._board.descriptor, *_held()]
         for local_rank in range(self.node.ranks):
             variables = os.environ | self.node.variables(local_rank) | self._board.variable(local_rank)
             self.ranks[local_rank] = subprocess.Popen(
@@ -199,6 +199,15 @@ class Starter:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._reap()
+
+
+def _held() -> list[int]:
+    """The descriptor that all processes of the job hold, where this process has inherited it and not its name alone."""
+    number = os.environ.get(HELD, "")
+    with suppress(OSError):
+        if number.isdigit() and stat.S_ISFIFO(os.fstat(int(number)).st_mode):
+            return [int(number)]
+    return []
 
 
 def _ended_child() -> tuple[int, int] | None:
