@@ -64,23 +64,32 @@ harness_mpich() { # a second MPI, in a folder of its own, under which a launch i
   return 1
 }
 
-harness_cluster() { # hosts on this machine, on which launches and checks of several hosts are tested; returns 1 where they cannot be had
-  local program missing=() policy=/usr/sbin/policy-rc.d status=0
-  for program in sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh; do
-    PATH="$PATH:/usr/sbin:/sbin" command -v "${program%%:*}" >/dev/null 2>&1 || missing+=("${program#*:}")
-  done
-  if [ ${#missing[@]} = 0 ]; then return 0; fi
+harness_quietly() { # PACKAGE ...: installs Debian packages of servers without starting them; returns 1 where they cannot be had
+  local policy=/usr/sbin/policy-rc.d status=0
   if [ "$(id -u)" = 0 ] && [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" # Debian's switch: installing a server does not start it
   else
     policy=
   fi
-  harness_apt "${missing[@]}" || status=1
+  harness_apt "$@" || status=1
   if [ -n "$policy" ]; then rm -f "$policy"; fi
-  if [ "$status" != 0 ]; then
-    echo "Several hosts cannot be tried on this machine, which takes root and ${missing[*]} (Debian: apt-get install ${missing[*]})." >&2
-  fi
   return "$status"
+}
+
+harness_cluster() { # hosts on this machine, on which launches and checks of several hosts are tested; returns 1 where they cannot be had
+  local program missing=()
+  for program in sshd:openssh-server ssh:openssh-client ip:iproute2 pdsh:pdsh; do
+    PATH="$PATH:/usr/sbin:/sbin" command -v "${program%%:*}" >/dev/null 2>&1 || missing+=("${program#*:}")
+  done
+  if [ ${#missing[@]} = 0 ] || harness_quietly "${missing[@]}"; then return 0; fi
+  echo "Several hosts cannot be tried on this machine, which takes root and ${missing[*]} (Debian: apt-get install ${missing[*]})." >&2
+  return 1
+}
+
+harness_slurm() { # a Slurm on those hosts; returns 1 where it cannot be had
+  if PATH="$PATH:/usr/sbin:/sbin" command -v slurmctld >/dev/null 2>&1 || harness_quietly slurm-wlm munge; then return 0; fi
+  echo "Slurm is missing, so its jobs cannot be tried (Debian: apt-get install slurm-wlm munge)." >&2
+  return 1
 }
 
 harness_step() { # LOG LABEL COMMAND ...: runs it quietly, tells the seconds as they pass, and the end of its log if it fails

@@ -17,5 +17,6 @@ if harness_libaio; then operators+=(AsyncIOBuilder); fi
 harness_mpi || true # its tests say that they were skipped
 if [ "$selection" = "not gpu" ]; then harness_mpich || true; fi
 harness_cluster || true # these too
+if [ "$selection" = "not gpu" ]; then harness_slurm || true; fi # and these, which are long
 python -c 'import sys; from harness.launch import operators; operators.build(sys.argv[1:], speak=True)' "${operators[@]}"
 exec python -m pytest -m "$selection" "$@"
