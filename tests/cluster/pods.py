@@ -62,12 +62,14 @@ class Controller:
         folder: for logs and what ConfigMaps hold.
         claims: claim -> folder.
         image_env: what ENV in the image would set.
+        image_folders: what the image would hold, readable for everyone; here they may stand in a folder that is closed to others.
     """
 
     cluster: Cluster
     folder: Path
     claims: dict[str, Path]
     image_env: dict[str, str]
+    image_folders: tuple[Path, ...] = ()
     job: dict[str, Any] = field(default_factory=dict)
     config: dict[str, str] = field(default_factory=dict)
     state: str = ""
@@ -183,7 +185,7 @@ class Controller:
         volumes = {volume["name"]: volume for volume in self._pod["volumes"]}
         base = shlex.quote(str(self.folder / f"{name}.etc"))
         lines = [f"mkdir -p {base}", f"mount -t tmpfs tmpfs {base}", f"mkdir {base}/upper {base}/work",
-                 f"mount -t overlay overlay -o lowerdir=/etc,upperdir={base}/upper,workdir={base}/work /etc"]
+                 f"mount -t overlay overlay -o lowerdir=/etc,upperdir={base}/upper,workdir={base}/work /etc", *self._image(base)]
         for mount in container["volumeMounts"]:
             volume, path = volumes[mount["name"]], mount["mountPath"]
             if "configMap" in volume:
@@ -197,6 +199,15 @@ class Controller:
                 lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {path}")
         lines.append(f"printf %s {shlex.quote(self._names(index))} > /etc/hosts")
         return [*sorted(lines, key=lambda line: line.endswith(" /tmp")), "mount -o remount,ro /etc", "mount -o remount,bind,ro /"]
+
+    def _image(self, base: str) -> list[str]:
+        """Shell lines that open the way to the image's folders, and to nothing beside them."""
+        closed = {folder: next((parent for parent in reversed(folder.parents) if not parent.stat().st_mode & 1), None) for folder in self.image_folders}
+        hidden = {number: folder for number, folder in enumerate(self.image_folders) if closed[folder] is not None}
+        kept = [f"mkdir {base}/{number}; mount --bind {shlex.quote(str(folder))} {base}/{number}" for number, folder in hidden.items()]
+        opened = [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(parent))}" for parent in sorted({closed[folder] for folder in hidden.values()})]
+        laid = [f"mkdir -p {shlex.quote(str(folder))}; mount --bind {base}/{number} {shlex.quote(str(folder))}" for number, folder in hidden.items()]
+        return [*kept, *opened, *laid]
 
     def _names(self, index: int) -> str:
         job, service, space = self.job["metadata"]["name"], self._pod["subdomain"], self.job["metadata"]["namespace"]

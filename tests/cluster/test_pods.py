@@ -61,10 +61,11 @@ def run_file(claim, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def api(hosts, claim, tmp_path) -> Iterator[Api]:
+def api(hosts, claim, repository, tmp_path) -> Iterator[Api]:
     """A cluster of two hosts that takes jobs."""
     image_env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ["PYTHONPATH"], "TORCH_EXTENSIONS_DIR": "/mnt/operators"}
-    made = Api(Controller(hosts(2), tmp_path, {"shared": claim}, image_env), tmp_path)
+    image_folders = tuple(Path(folder) for folder in (sys.base_prefix, sys.prefix, repository))
+    made = Api(Controller(hosts(2), tmp_path, {"shared": claim}, image_env, image_folders), tmp_path)
     yield made
     made.close()
 
