@@ -45,7 +45,7 @@ def _slurm(arguments: argparse.Namespace, loaded: Loaded) -> int:
     if arguments.print_only:
         print(script, end="")
         return EXIT_DONE
-    return jobs.wait(jobs.submit(script, plan.run_dir), show_log=arguments.follow)
+    return jobs.wait(jobs.submit(script, Path(plan.run_dir)), show_log=arguments.follow)
 
 
 def _kubernetes(arguments: argparse.Namespace, loaded: Loaded) -> int:

@@ -19,7 +19,7 @@ Manifest = dict[str, Any]
 PORT = 29500
 """Every pod has addresses of its own, so that any will do."""
 FAILURES_A_POD = 10
-"""Ends with a code that is nobody's. A run that fails again and again is ended by its starter, by `launch.restarts`; this ends pods that never reach it."""
+"""Ends with a code that is nobody's. A run that fails again and again is ended by its starter; this ends pods that never reach it."""
 
 
 def plan(loaded: Loaded, *, overrides: Sequence[str]) -> JobPlan:
@@ -45,7 +45,7 @@ def render(plan: JobPlan, settings: Kubernetes, *, run_text: str) -> str:
         run_text: the run file, which the pods find in a ConfigMap.
     """
     documents = manifests(plan, settings, run_text=run_text)
-    head = "# Written by `harness launch --on kubernetes`: one node starter a pod, process 1 of it. A pod that ends with 75 is made again and resumes.\n"
+    head = "# Written by `harness launch --on kubernetes`: one node starter a pod, its process 1. A pod that ends with 75 is made again and resumes.\n"
     return head + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=150)
 
 

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", default="1", metavar="N[,N...]", help="ranks of every host of the job, in order")
     parser.add_argument("--node", type=int, metavar="I", help=f"which of the hosts this is, from 0; by default what {' or '.join(NUMBERS)} says")
     parser.add_argument("--meet", "--master", default="127.0.0.1:29500", metavar="HOST:PORT", help="where the ranks meet: a port of the first host")
-    parser.add_argument("--job", metavar="NAME", help="of a job whose scheduler starts it again: the starts are counted, and it is not started when all is done")
+    parser.add_argument("--job", metavar="NAME", help="of a job whose scheduler starts it again: its starts are counted, and none follows when all is done")
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="with --job: starts in a row without a new checkpoint, after the first")
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 from harness.config.load import Loaded
 from harness.errors import Refused
@@ -30,7 +30,7 @@ class JobPlan:
     slots: tuple[int, ...]
     run_file: str
     overrides: tuple[str, ...]
-    run_dir: Path
+    run_dir: PurePath
     restarts: int
     uses_gpus: bool
     grace_s: int
@@ -49,7 +49,7 @@ class JobPlan:
         )
 
 
-def plan(loaded: Loaded, *, hosts: int, ranks_per_host: int, grace_s: int, run_file: str, run_dir: Path, overrides: Sequence[str]) -> JobPlan:
+def plan(loaded: Loaded, *, hosts: int, ranks_per_host: int, grace_s: int, run_file: str, run_dir: PurePath, overrides: Sequence[str]) -> JobPlan:
     """The plan for hosts that are alike.
 
     The grace is passed on to the trainer, unless the run file says more; what only a scheduler reads is left out of the words.

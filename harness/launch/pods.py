@@ -96,30 +96,40 @@ def check(loaded: Loaded) -> None:
     settings = loaded.run.launch.kubernetes
     if not settings.image or re.search(r"\s", settings.image):
         raise Refused("There is no image for the pods.", where=_at("image"), remedy="Set launch.kubernetes.image to one that holds the harness.")
-    name = settings.name or plans.as_label(PurePosixPath(loaded.run.run_dir).name, longest=LONGEST_NAME)
-    plans.label(name, where=_at("name"), longest=LONGEST_NAME)
-    if not name[0].isalpha():
-        raise Refused(f"The name `{name}` does not begin with a letter, as that of a service must.", where=_at("name"), remedy="Set launch.kubernetes.name.")
-    plans.label(settings.namespace, where=_at("namespace"))
-    for key, held in (("pull_secret", settings.pull_secret), ("service_account", settings.service_account)):
-        if held is not None:
-            _subdomain(held, key)
-    for variable in [*settings.env, *settings.secrets]:
-        if not _VARIABLE.fullmatch(variable) or (variable in settings.env and variable in settings.secrets):
-            raise Refused(f"`{variable}` is no name of a variable, or is given twice.", where=f"{_at('env')}; {_at('secrets')}", remedy="Rename it.")
-    for secret in settings.secrets.values():
-        _subdomain(secret.name, "secrets")
+    _names(settings, settings.name or plans.as_label(PurePosixPath(loaded.run.run_dir).name, longest=LONGEST_NAME))
+    _variables(settings)
     for key, size in {"shm_size": settings.shm_size, **{f"resources.{name}": held for name, held in settings.resources.items()}}.items():
         if not _QUANTITY.fullmatch(size):
             raise Refused(f"`{size}` is no quantity.", where=_at(key), remedy="Write a number with Mi, Gi or m, in quotes.")
     for toleration in settings.tolerations:
-        if set(toleration) - _TOLERATION:
-            problem = f"`{min(set(toleration) - _TOLERATION)}` is not part of a toleration."
-            raise Refused(problem, where=_at("tolerations"), remedy=f"Use {', '.join(sorted(_TOLERATION))}.")
-    _mounts(loaded, settings)
+        if strange := set(toleration) - _TOLERATION:
+            problem, remedy = f"`{min(strange)}` is not part of a toleration.", f"Use {', '.join(sorted(_TOLERATION))}."
+            raise Refused(problem, where=_at("tolerations"), remedy=remedy)
+    _mounts(settings)
+    _kept(loaded, settings)
 
 
-def _mounts(loaded: Loaded, settings: Kubernetes) -> None:
+def _names(settings: Kubernetes, name: str) -> None:
+    plans.label(name, where=_at("name"), longest=LONGEST_NAME)
+    if not name[0].isalpha():
+        problem = f"The name `{name}` does not begin with a letter, as that of a service must."
+        raise Refused(problem, where=_at("name"), remedy="Set launch.kubernetes.name.")
+    plans.label(settings.namespace, where=_at("namespace"))
+    for key, held in (("pull_secret", settings.pull_secret), ("service_account", settings.service_account)):
+        if held is not None:
+            _subdomain(held, key)
+
+
+def _variables(settings: Kubernetes) -> None:
+    for variable in [*settings.env, *settings.secrets]:
+        if not _VARIABLE.fullmatch(variable) or (variable in settings.env and variable in settings.secrets):
+            problem = f"`{variable}` is no name of a variable, or is given twice."
+            raise Refused(problem, where=f"{_at('env')}; {_at('secrets')}", remedy="Rename it.")
+    for secret in settings.secrets.values():
+        _subdomain(secret.name, "secrets")
+
+
+def _mounts(settings: Kubernetes) -> None:
     for path, source in settings.mounts.items():
         parts = PurePosixPath(path)
         claim, _, folder = source.partition("/")
@@ -130,6 +140,10 @@ def _mounts(loaded: Loaded, settings: Kubernetes) -> None:
             raise Refused(f"`{path}` is where the job mounts a volume of its own.", where=_at("mounts"), remedy="Use another path.")
     if not _is_plain(settings.work_dir):
         raise Refused(f"`{settings.work_dir}` is not an absolute path.", where=_at("work_dir"), remedy="Write it from /.")
+
+
+def _kept(loaded: Loaded, settings: Kubernetes) -> None:
+    """What a run writes must outlive the pods."""
     folders = {"run_dir": loaded.run.run_dir}
     if loaded.run.data.dir is not None and "://" not in loaded.run.data.dir:
         folders["data.dir"] = loaded.run.data.dir
@@ -137,7 +151,8 @@ def _mounts(loaded: Loaded, settings: Kubernetes) -> None:
         whole = PurePosixPath(settings.work_dir) / folder
         if not any(PurePosixPath(path) in (whole, *whole.parents) for path in settings.mounts):
             raise Refused(
-                f"`{key}` is {whole} in the pods, which no mount holds: it would be gone with them.", where=f"{key} ({loaded.origin(key)}); {_at('mounts')}",
+                f"`{key}` is {whole} in the pods, which no mount holds: it would be gone with them.",
+                where=f"{key} ({loaded.origin(key)}); {_at('mounts')}",
                 remedy="Mount a claim that all pods share (ReadWriteMany) there, such as launch.kubernetes.mounts={/runs: my-claim}, and set it below.",
             )
 

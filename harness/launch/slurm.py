@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from harness.config.load import Loaded
 from harness.config.schema import Slurm
@@ -138,18 +138,20 @@ def check(slurm: Slurm) -> None:
         raise Refused(f"`{slurm.time}` is no time limit.", where="launch.slurm.time", remedy="Write minutes, H:M:S or D-H:M:S, in quotes.")
     for option in slurm.extra:
         if not option.startswith("-") or _newline(option):
-            raise Refused(f"`{option}` is no option of sbatch.", where="launch.slurm.extra", remedy="Write one option an entry, such as --constraint=a100.")
+            remedy = "Write one option an entry, such as --constraint=a100."
+            raise Refused(f"`{option}` is no option of sbatch.", where="launch.slurm.extra", remedy=remedy)
 
 
 def _newline(text: str) -> bool:
     return any(ord(letter) < 32 for letter in text)
 
 
-def _path(path: Path, what: str) -> str:
+def _path(path: PurePath, what: str) -> str:
     """A path that can stand in a directive and in a pattern for log files."""
     text = str(path)
     if _UNPRINTABLE.search(text):
-        raise Refused(f"Slurm cannot write logs below {text!r}.", where=what, remedy="Use a path without quotes, backslashes, percent and control signs.")
+        remedy = "Use a path without quotes, backslashes, percent and control signs."
+        raise Refused(f"Slurm cannot write logs below {text!r}.", where=what, remedy=remedy)
     return text
 
 

@@ -55,8 +55,9 @@ class KubernetesJob:
     def exit_codes(self) -> list[int]:
         """Of its pods that have ended, the last one first."""
         pods = json.loads(_kubectl("get", "pods", "-n", self.namespace, "-l", self.selector, "-o", "json"))["items"]
-        states = [status["state"]["terminated"] for pod in pods for status in pod["status"].get("containerStatuses", []) if "terminated" in status["state"]]
-        return [state["exitCode"] for state in sorted(states, key=lambda state: state.get("finishedAt") or "", reverse=True)]
+        states = [status["state"] for pod in pods for status in pod["status"].get("containerStatuses", [])]
+        ends = [state["terminated"] for state in states if "terminated" in state]
+        return [end["exitCode"] for end in sorted(ends, key=lambda end: end.get("finishedAt") or "", reverse=True)]
 
 
 def launch(job: KubernetesJob, manifest: str, *, show_log: bool) -> int:
@@ -140,6 +141,6 @@ def _kubectl(*words: str, given: str | None = None) -> str:
         raise Refused("kubectl is not on this machine.", where="PATH", remedy="Install it, or see the manifest with --print and apply it elsewhere.")
     done = subprocess.run(["kubectl", *words], input=given, capture_output=True, text=True)
     if done.returncode:
-        problem = f"kubectl {words[0]} failed: {done.stderr.strip()}"
-        raise Refused(problem, where="kubectl", remedy="Check the cluster (kubectl cluster-info), launch.kubernetes, and what the cluster has installed.")
+        remedy = "Check the cluster (kubectl cluster-info), launch.kubernetes, and what the cluster has installed."
+        raise Refused(f"kubectl {words[0]} failed: {done.stderr.strip()}", where="kubectl", remedy=remedy)
     return done.stdout

@@ -29,7 +29,8 @@ class PodLog:
             from kubernetes import client, config
             from kubernetes.client.rest import ApiException
         except ImportError:
-            raise Refused("--follow needs the package `kubernetes`.", where="--follow", remedy="pip install kubernetes, or leave --follow away.") from None
+            remedy = "pip install kubernetes, or leave --follow away."
+            raise Refused("--follow needs the package `kubernetes`.", where="--follow", remedy=remedy) from None
         try:
             config.load_config()
         except config.ConfigException as error:

@@ -61,7 +61,8 @@ def submit(script: str, run_dir: Path) -> SlurmJob:
         Refused: where there is no sbatch, or it takes offence at the script.
     """
     if shutil.which("sbatch") is None:
-        raise Refused("sbatch is not on this machine.", where="PATH", remedy="Launch from a login node of the cluster, or see the script with --print.")
+        remedy = "Launch from a login node of the cluster, or see the script with --print."
+        raise Refused("sbatch is not on this machine.", where="PATH", remedy=remedy)
     folder = follow.folder(run_dir)
     memory = folder / "slurm.json"
     if memory.is_file():
@@ -74,7 +75,8 @@ def submit(script: str, run_dir: Path) -> SlurmJob:
     submitted = time.time()
     told = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if told.returncode:
-        raise Refused(f"sbatch refuses the job: {told.stderr.strip()}", where=str(path), remedy="Correct launch.slurm; `sinfo` shows partitions and their limits.")
+        remedy = "Correct launch.slurm; `sinfo` shows partitions and their limits."
+        raise Refused(f"sbatch refuses the job: {told.stderr.strip()}", where=str(path), remedy=remedy)
     job = SlurmJob(int(told.stdout.strip().split(";")[0]), run_dir, submitted)
     files.write_json(memory, {"number": job.number, "submitted": job.submitted})
     say(f"Submitted job {job.number}; logs: {folder}/slurm-{job.number}*.log. End it with: scancel {job.number}")
