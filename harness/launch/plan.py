@@ -44,7 +44,7 @@ class JobPlan:
             job: what names this job over all its starts.
         """
         return (
-            python, "-u", "-m", "harness.launch.node", "--slots", ",".join(map(str, self.slots)), "--master", master,
+            python, "-u", "-m", "harness.launch.node", "--slots", ",".join(map(str, self.slots)), "--meet", master,
             "--job", job, "--restarts", str(self.restarts), self.run_file, *self.overrides,
         )
 

@@ -105,7 +105,7 @@ def test_the_first_pod_is_where_the_ranks_meet(repository):
     """By the names that each controller gives its pods."""
     for name, master in (("large_job", "medical-0.medical"), ("large_jobset", "medical-node-0-0.medical"), ("large_trainjob", "medical-node-0-0.medical")):
         words = _job_of(_documents(repository, name))["template"]["spec"]["containers"][0]["command"]
-        assert words[words.index("--master") + 1] == f"{master}:29500"
+        assert words[words.index("--meet") + 1] == f"{master}:29500"
 
 
 def test_words_with_dollars_are_not_kubernetes_to_read(repository):

@@ -47,7 +47,7 @@ def test_words_reach_the_starter_as_they_are(repository):
         capture_output=True, text=True, check=True, env={"HOME": "/wrong", "PATH": "/usr/bin:/bin"},
     ).stdout.splitlines()
     assert shown[-4:] == [MANY[0], *MANY[-2:], "checkpoint.grace_seconds=300"]
-    assert shown[shown.index("py") :][:10] == ["py", "-u", "-m", "harness.launch.node", "--slots", ",".join("8" * 16), "--master", "h0:1", "--job", "slurm-7"]
+    assert shown[shown.index("py") :][:10] == ["py", "-u", "-m", "harness.launch.node", "--slots", ",".join("8" * 16), "--meet", "h0:1", "--job", "slurm-7"]
 
 
 @pytest.mark.parametrize("override", [
