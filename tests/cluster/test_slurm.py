@@ -116,13 +116,18 @@ def test_requeued_by_the_administrator(slurm, run_file, reference, tmp_path):
 
 
 def test_the_time_limit(slurm, run_file, reference, tmp_path):
-    """The limit is drawn in until the signal before it has come, which may be a minute early; the second start has time."""
+    """The limit is drawn in, and the ranks stand still until the signal before it has come; the second start has time."""
     def strike(job: str) -> None:
+        ranks = [*_ranks(slurm, 1), *_ranks(slurm, 2)]
+        for rank in ranks:
+            rank.suspend()
         slurm("scontrol", "update", f"JobId={job}", "TimeLimit=2")
         slurm.until(lambda: "asked to stop" in _log(tmp_path / "run"), timeout_s=90)
         slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+        for rank in ranks:
+            rank.resume()
 
-    code, told = _struck(slurm, run_file, tmp_path / "run", strike, "launch.slurm.grace_seconds=110", at_step=3)
+    code, told = _struck(slurm, run_file, tmp_path / "run", strike, "launch.slurm.grace_seconds=110", "engine.timeout_minutes=5", at_step=3)
     assert code == 0, told
     assert "back into the queue" in told and len(_starts(tmp_path / "run")) == 2, told
     assert_same(tmp_path / "run", reference)
