@@ -22,7 +22,6 @@ from tests.cluster.pods import Controller
 from tests.end_to_end.conftest import QUESTIONS
 from tests.end_to_end.faults import assert_same
 
-pytestmark = pytest.mark.slow
 USER = 1000
 
 
@@ -84,6 +83,7 @@ def undisturbed(claim) -> Path:
     return claim / "reference"
 
 
+@pytest.mark.slow
 def test_two_pods_train(api, run_file, undisturbed, tmp_path):
     with _start(api, run_file, tmp_path / "told") as launch:
         assert launch.wait(200) == 0, api.controller.logs()
@@ -94,6 +94,7 @@ def test_two_pods_train(api, run_file, undisturbed, tmp_path):
     assert undisturbed.stat().st_uid == USER
 
 
+@pytest.mark.slow
 def test_an_evicted_pod_saves_and_the_job_goes_on(api, run_file, undisturbed, claim, tmp_path):
     run_dir = claim / "evicted"
     with _start(api, run_file, tmp_path / "told", "--follow", "run_dir=/mnt/evicted") as launch:
@@ -109,12 +110,14 @@ def test_an_evicted_pod_saves_and_the_job_goes_on(api, run_file, undisturbed, cl
     assert_same(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_fails_the_job_at_once(api, run_file, tmp_path):
     with _start(api, run_file, tmp_path / "told", "run_dir=/mnt/refused", "data.dir=/mnt/others", "data.train.path=/mnt/nothing.jsonl") as launch:
         assert launch.wait(120) == 2, api.controller.logs()
     assert api.controller.state == "Failed" and "job refused: Failed." in (tmp_path / "told").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_by_hand_is_not_started_again(api, run_file, claim, tmp_path):
     run_dir = claim / "stopped"
     with _start(api, run_file, tmp_path / "told", "run_dir=/mnt/stopped") as launch:
@@ -125,6 +128,20 @@ def test_a_job_that_is_asked_to_stop_by_hand_is_not_started_again(api, run_file,
         assert launch.wait(120) == 0, api.controller.logs()
     assert read_outcome(run_dir).state == "stopped" and last_step(run_dir) < 60
     assert len([event for event in ledger.read(run_dir) if event["kind"] == "launch"]) == 1
+
+
+def test_a_job_that_was_started_too_often_fails_with_its_reason(api, run_file, claim, tmp_path):
+    """No rank is started: the starter itself refuses, from what the run's ledger says of earlier pods."""
+    run_dir = claim / "worn"
+    run_dir.mkdir()
+    for _ in range(4):
+        ledger.append(run_dir, "launch", job="k8s-uid-1")
+        ledger.append(run_dir, "start", attempt=1)
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", str(run_dir)], check=True)
+    with _start(api, run_file, tmp_path / "told", "--follow", "launch.kubernetes.pods=1", "run_dir=/mnt/worn") as launch:
+        assert launch.wait(60) == 2, api.controller.logs()
+    assert api.controller.state == "Failed" and read_outcome(run_dir).state == "refused"
+    assert "It ended 4 times in a row without a new checkpoint" in (tmp_path / "told").read_text()
 
 
 def test_without_kubectl_or_a_cluster_it_is_refused(run_file, tmp_path):

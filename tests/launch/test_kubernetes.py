@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -125,3 +128,10 @@ def test_words_with_dollars_are_not_kubernetes_to_read(repository):
 def test_what_the_cluster_would_refuse_is_refused(repository, override, told):
     with pytest.raises(Refused, match=told):
         _render(repository, [*SMALL, override])
+
+
+def test_print_shows_it_and_does_nothing_else(repository, tmp_path):
+    command = [sys.executable, "-m", "harness", "launch", "launch/runs/medical_qa.yaml", *SMALL, "--on", "kubernetes", "--print"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=os.environ | {"PATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert_golden("small_job.yaml", done.stdout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,11 @@ def test_what_slurm_would_misread_is_refused(repository, override):
 def test_a_grace_of_the_users_own_is_kept(repository):
     assert "checkpoint.grace_seconds=30" in _script(repository, ["checkpoint.grace_seconds=30"])
     assert _script(repository, ["checkpoint.grace_seconds=30"]).count("checkpoint.grace_seconds") == 1
+
+
+def test_print_shows_it_and_does_nothing_else(repository, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "harness", "launch", "launch/runs/medical_qa.yaml", "launch.ranks=null", f"run_dir={run_dir}", "--on", "slurm", "--print"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=os.environ | {"PATH": str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=run\n"), done.stderr
+    assert f"#SBATCH --chdir={repository}" in done.stdout and not run_dir.exists()
