@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from harness import shared_memory
 from harness.errors import Failure
 from harness.world import World
 
@@ -57,14 +57,9 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
 
 
 def _forget_shared_memory() -> None:
-    """Take away the name of this rank's segment of shared memory: all ranks have mapped it, and the last to end frees it.
-
-    DeepSpeed's CPU communication (csrc/cpu/comm/shm.cpp) makes 66 MiB a rank in /dev/shm and never unlinks it, so that each run
-    would keep that much of the host's memory until the host restarts.
-    """
+    """Once all ranks have mapped the segments; where one dies before, its starter does this."""
     barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    shared_memory.forget(master=os.environ["MASTER_ADDR"], port=os.environ["MASTER_PORT"], ranks=[rank()])
 
 
 def is_initialized() -> bool:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, parent_process, set_start_method
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "ARROW_NUM_THREADS")
@@ -47,15 +52,84 @@ def local_executor(processes: int) -> Iterator[Executor | None]:
     kept = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // processes))))  # read by a child when it starts
     try:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        with Pool(processes) as pool:
             yield pool
     finally:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+class Pool(Executor):
+    """Processes of this machine, each at the other end of a pipe.
+
+    Those of the standard library share semaphores, whose names stay in /dev/shm when all processes are killed at once.
+
+    Args:
+        processes: how many.
+    """
+
+    def __init__(self, processes: int):
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="harness-worker")
+        self._workers = [_start() for _ in range(processes)]
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._is_broken = False
+        for _, pipe in self._workers:
+            self._idle.put(pipe)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """Call a function, which a module must hold by its name, in the next process that is free."""
+        return self._threads.submit(self._call, (function, args, options))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes, once they have done what they were given."""
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        for process, pipe in self._workers:
+            pipe.close()
+            process.join()
+
+    def _call(self, job: tuple[Any, ...]) -> Any:
+        pipe = self._idle.get()
+        try:
+            if self._is_broken:
+                raise EOFError
+            pipe.send(job)
+            is_done, answer = pipe.recv()
+        except (EOFError, OSError):
+            self._is_broken = True
+            raise BrokenProcessPool("A process of the pool was killed.") from None
+        finally:
+            self._idle.put(pipe)
+        if not is_done:
+            raise answer
+        return answer
+
+
+def _start() -> tuple[BaseProcess, Connection]:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(pipe: Connection) -> None:
+    """In a process of the pool: do what comes, until the other end is closed."""
+    set_start_method("fork", force=True)  # what libraries share by habit, such as a lock around progress bars, then has no name that could stay
+    _end_with_parent()
+    with suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            function, args, options = pipe.recv()
+            try:
+                answer = True, function(*args, **options)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = False, error
+            pipe.send(answer)
+
+
 def _end_with_parent() -> None:
-    """End this worker when its parent was killed; it would wait for jobs for ever, as each worker holds the queue open for all of them."""
+    """End this worker when its parent was killed, also in the middle of a job."""
 
     def watch() -> None:
         parent_process().join()

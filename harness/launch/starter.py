@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from harness import above
+from harness import above, shared_memory
 from harness.errors import EXIT_DONE, EXIT_RESUME_ME
 from harness.formats.outcome import newest_attempt
 from harness.heartbeat import Board
@@ -195,10 +195,14 @@ class Starter:
         while _children() and time.monotonic() < deadline:
             self._reap()
             time.sleep(POLL_S)
-        for pid in _children():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._reap()
+        while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline + STRAYS_S:
+            for stray in left:  # its own children become ours as it dies
+                with suppress(psutil.Error):
+                    stray.kill()
+            self._reap()
+            time.sleep(POLL_S)
+        first = self.node.first_rank
+        shared_memory.forget(master=self.node.job.master, port=self.node.job.port, ranks=range(first, first + self.node.ranks))
 
 
 def _held() -> list[int]:

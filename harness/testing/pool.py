@@ -95,6 +95,7 @@ class RankPool:
 
 def _serve(rank: int, size: int, port: int, pipe: Connection, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # locks that libraries make by habit then have no names that could be left behind
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     import torch

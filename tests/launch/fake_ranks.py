@@ -18,7 +18,9 @@ asked = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(number))
 if manner == "child":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)  # " + str(run_dir)], start_new_session=True)
+    sleep = "import time; time.sleep(100)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
+    subprocess.Popen([sys.executable, "-c", parent, str(run_dir), sleep], start_new_session=True)
 facts = {"pid": os.getpid(), "parent": os.getppid(), "port": os.environ["MASTER_PORT"], "world": os.environ["WORLD_SIZE"], "local": os.environ["LOCAL_RANK"]}
 (run_dir / f"up-{rank}").write_text(json.dumps(facts))
 def step(number):

@@ -150,6 +150,19 @@ def test_what_ranks_leave_behind_is_ended(tmp_path):
     assert not [one for one in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in word for word in one.info["cmdline"] or [])]
 
 
+def test_what_they_leave_behind_in_shared_memory_is_taken_away(tmp_path):
+    """A rank that dies before all have mapped its segment cannot do so itself."""
+    left = [Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}") for port, rank in ((12346, 0), (12346, 1), (12347, 0))]
+    try:
+        for path in left:
+            path.touch()
+        assert launches.run(fake_ranks.plan(tmp_path, "done", port=12346)).code == 0
+        assert [path.exists() for path in left] == [False, False, True], "of this job alone"
+    finally:
+        for path in left:
+            path.unlink(missing_ok=True)
+
+
 def test_handlers_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     launches.run(fake_ranks.plan(tmp_path, "done"))
