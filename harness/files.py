@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def sync_folder(folder: Path) -> None:
@@ -44,6 +45,16 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON document in `path`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a file of lines at its end; a line that a crash cut short is closed first, for it would swallow the next one."""
+    with suppress(OSError), open(path, "rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        is_cut = stream.read(1) != b"\n"
+        with suppress(OSError), open(path, "ab") as end:
+            end.write(b"\n" * is_cut)
+    return open(path, "a", encoding="utf-8")
 
 
 def digest_file(path: Path) -> str:

@@ -332,4 +332,6 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
     folder = checkpoints_folder(run_dir)
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *_leftovers(run_dir)]:
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{MARKER}.*.tmp"):
+        path.unlink(missing_ok=True)
     return gone

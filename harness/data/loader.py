@@ -17,12 +17,13 @@ from harness.data.mixture import MixedTable, Mixture
 from harness.data.order import ROW_MASK, SHIFT, Order
 from harness.data.passed import Passed
 from harness.data.rows import RowTable
-from harness.errors import HarnessError
+from harness.errors import Failure, HarnessError
 
 EMPTY = -1
 OPENS, TRAINED = 1, 2
 UNTRAINED = -100
 AHEAD = 2
+LOOK_S = 1.0
 BLOCK_ROWS = 1024
 
 
@@ -186,8 +187,7 @@ class TrainLoader:
         self._begin()
         if not self._next and self.error is None:
             started = time.perf_counter()
-            with suppress(queue.Empty):
-                self._next.append(self._queue.get(timeout=timeout_s))
+            self._next += self._get(timeout_s)
             self._waited += time.perf_counter() - started
         return bool(self._next) or self.error is not None
 
@@ -199,9 +199,18 @@ class TrainLoader:
     def _take(self) -> Any:
         started = time.perf_counter()
         self._begin()
-        item = self._next.pop() if self._next else self._queue.get() if self.error is None else self.error
+        while not self._next and self.error is None:
+            self._next += self._get(LOOK_S)
+        item = self._next.pop() if self._next else self.error
         self.wait_seconds, self._waited = self._waited + time.perf_counter() - started, 0.0
         return item
+
+    def _get(self, timeout_s: float) -> list[Any]:
+        """What the thread gives next, if it comes within a time; for a thread that died without a word nobody waits."""
+        with suppress(queue.Empty):
+            return [self._queue.get(timeout=timeout_s)]
+        is_dead = self._thread is not None and not self._thread.is_alive() and self._queue.empty()
+        return [Failure("The thread that reads the data has died without a word.")] if is_dead else []
 
     def _filler(self) -> GlobalBatch:
         """Rows without tokens, with which a rank that cannot read goes along until all ranks know it; what they make of it is forgotten."""

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.files import open_to_append
+
 VERSION = 1
 NAME = "events.jsonl"
 KINDS = (
@@ -19,7 +21,7 @@ def append(run_dir: Path, kind: str, **facts: Any) -> None:
     """Add one event; `kind` is one of KINDS."""
     assert kind in KINDS, kind
     line = json.dumps({"version": VERSION, "time": time.time(), "kind": kind, **facts}, ensure_ascii=False)
-    with open(run_dir / NAME, "a", encoding="utf-8") as stream:
+    with open_to_append(run_dir / NAME) as stream:
         stream.write(line + "\n")
 
 
@@ -27,7 +29,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; a line that a crash cut short is left out."""
     path = run_dir / NAME
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

@@ -41,9 +41,15 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """The outcome of the last attempt, or None when there is none."""
-    path = run_dir / NAME
-    return Outcome(**files.read_json(path)) if path.is_file() else None
+    """The outcome of the last attempt, or None when there is none that can be read."""
+    return _read(run_dir / NAME)
+
+
+def _read(path: Path) -> Outcome | None:
+    try:
+        return Outcome(**files.read_json(path))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def newest_attempt(run_dir: Path) -> tuple[int, Path | None]:
@@ -69,11 +75,8 @@ def read_end(run_dir: Path, rank: int, *, since: float) -> Outcome | None:
         since: an older one, in seconds since the epoch, is another attempt's.
     """
     _, folder = newest_attempt(run_dir)
-    path = folder / "logs" / f"rank-{rank:05d}.end.json" if folder else None
-    if path is None or not path.is_file():
-        return None
-    end = Outcome(**files.read_json(path))
-    return end if end.time >= since else None
+    end = _read(folder / "logs" / f"rank-{rank:05d}.end.json") if folder else None
+    return end if end is not None and end.time >= since else None
 
 
 def last_step(run_dir: Path) -> int:

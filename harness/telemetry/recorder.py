@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from harness.files import open_to_append
 from harness.formats import metrics as table
 from harness.heartbeat import spent
 from harness.telemetry.display import Display
@@ -26,7 +27,7 @@ class Recorder:
 
     def __init__(self, run_dir: Path, *, attempt: int, resumed_step: int, total_steps: int):
         self.attempt, self._folder = attempt, run_dir / "tensorboard"
-        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._lines = open_to_append(run_dir / "metrics.jsonl")
         self._board = self._open_board(resumed_step)
         self._display = Display(total_steps, done=resumed_step)
         self._process = psutil.Process()

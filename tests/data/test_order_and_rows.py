@@ -184,6 +184,18 @@ def test_a_loader_that_fails_says_so_where_it_is_used(table, monkeypatch):
     loader.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_without_a_word_is_not_waited_for(table, monkeypatch):
+    def put(self, item):
+        raise SystemExit  # threads end by it and say nothing
+
+    monkeypatch.setattr(TrainLoader, "_put", put)
+    loader = TrainLoader(table, table.order(seed=5, window_shards=2), dp_rank=0, dp_size=1, micro_batch=8, global_rows=8)
+    filler = next(iter(loader))
+    assert "has died without a word" in str(loader.error) and not (filler.micro_batches[0].labels != UNTRAINED).any()
+    loader.close()
+
+
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory):
     """The same pairs in shards of two sizes."""

@@ -16,6 +16,8 @@ def test_the_last_outcome_stands(tmp_path):
     for outcome in (Outcome("stopped", 75, "asked", 4, 1), Outcome("done", 0, "finished", 9, 2)):
         write_outcome(tmp_path, outcome)
     assert read_outcome(tmp_path) == outcome
+    (tmp_path / "outcome.json").write_text('{"state": "do')
+    assert read_outcome(tmp_path) is None
 
 
 def test_the_last_step_survives_a_line_cut_short(tmp_path):
@@ -30,6 +32,8 @@ def test_events_come_back_in_order_without_the_broken_one(tmp_path):
     with open(tmp_path / ledger.NAME, "a", encoding="utf-8") as stream:
         stream.write('{"kind": "sa')
     assert [(event["kind"], event.get("step")) for event in ledger.read(tmp_path)] == [("start", None), ("save", 3)]
+    ledger.append(tmp_path, "resume", step=3)
+    assert [event["kind"] for event in ledger.read(tmp_path)] == ["start", "save", "resume"], "it does not swallow the next one"
     with pytest.raises(AssertionError):
         ledger.append(tmp_path, "holiday")
 
