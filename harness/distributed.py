@@ -101,6 +101,20 @@ def receive(tensor: torch.Tensor, source: int) -> torch.Tensor:
     return tensor
 
 
+def send_bytes(block: bytes, to: int) -> None:
+    """Give a block to another rank, which waits for it in `receive_bytes`."""
+    send(torch.frombuffer(bytearray(block), dtype=torch.uint8).to(_exchange_device()), to)
+
+
+def receive_bytes(num_bytes: int, source: int) -> bytes:
+    """A block of known length that another rank sends."""
+    return receive(torch.empty(num_bytes, dtype=torch.uint8, device=_exchange_device()), source).cpu().numpy().tobytes()
+
+
+def _exchange_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def new_group(ranks: list[int]) -> Any:
     """A group of some ranks; every rank must call this, in the same order."""
     return dist.new_group(ranks, timeout=_timeout)
@@ -122,12 +136,12 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any) -> Any:
-    """The value of rank 0, on every rank."""
+def broadcast_object(value: Any, *, source: int = 0) -> Any:
+    """The value of rank `source`, on every rank."""
     if size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import distributed
 from harness.checkpoint import certificate
+from harness.checkpoint.disks import Disks
 from harness.errors import Failure
 from harness.files import digest_file, sync_folder, write_text
 from harness.formats.certificate import Certificate
@@ -25,6 +26,8 @@ from harness.formats.manifest import (
     ManifestError,
     SliceFile,
     coverage_problems,
+    part_name,
+    parts,
     read_manifest,
     write_manifest,
 )
@@ -74,16 +77,19 @@ def committed(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
-def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World) -> Path:
+def save(
+    groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks | None = None
+) -> Path:
     """Commit a checkpoint. Collective: every rank calls it, and it fails on all of them or on none.
 
     Args:
         groups: the slices that this rank owns; one group is in memory at a time.
-        run_dir: the run's folder, which all ranks share.
+        run_dir: the run's folder.
         fields: what the manifest says besides files, versions, world size and Adam's step count; of its `certificate`, what is
             not of the slices.
         attempt: number of this start of the run.
         world: this rank's place.
+        disks: which ranks share the run's folder; by default all.
 
     Returns:
         the folder of the checkpoint.
@@ -91,18 +97,19 @@ def save(groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any],
     Raises:
         Failure: when a rank could not write, or a parameter would not be stored whole and once.
     """
-    check_room(run_dir, fields, world)
+    disks = disks or Disks.shared(world)
+    check_room(run_dir, fields, disks)
     answer = write(groups, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
-    return conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world)
+    return conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world, disks=disks)
 
 
-def check_room(run_dir: Path, fields: dict[str, Any], world: World) -> None:
+def check_room(run_dir: Path, fields: dict[str, Any], disks: Disks) -> None:
     """Before anything is written. Collective.
 
     Raises:
-        Failure: on all ranks, when the checkpoint would not fit on the disk.
+        Failure: on all ranks, when the checkpoint would not fit on a disk.
     """
-    lacking = distributed.broadcast_object(room_problem(run_dir, fields["parameters"], checkpoints=1) if world.is_main else "")
+    lacking = room_problems(run_dir, fields["parameters"], checkpoints=1, disks=disks)
     if lacking:
         raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
 
@@ -112,7 +119,7 @@ def write(groups: Iterable[SliceGroup], *, run_dir: Path, step: int, attempt: in
     return _attempt(lambda: _write_groups(_aside(run_dir, step, attempt), groups, rank))
 
 
-def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World) -> Path:
+def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks) -> Path:
     """Commit what all ranks wrote. Collective; the arguments are those of `save`, and what `write` gave on this rank.
 
     Raises:
@@ -121,12 +128,9 @@ def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: 
     folder, aside = checkpoints_folder(run_dir) / folder_name(fields["step"]), _aside(run_dir, fields["step"], attempt)
     answers = distributed.gather_objects(answer)
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
-    if world.is_main and not problems:
-        _, problem = _attempt(lambda: _commit(aside, folder, fields, [written for written, _ in answers], world))
-        problems = [problem] if problem else []
-    problems = distributed.broadcast_object(problems)
+    problems = problems or _commit_everywhere(aside, folder, fields, [written for written, _ in answers], world, disks)
     if problems:
-        if world.is_main:
+        if disks.is_leader:
             shutil.rmtree(aside, ignore_errors=True)
         raise Failure(
             f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  "
@@ -144,19 +148,27 @@ def size_bytes(parameters: Mapping[str, Any]) -> int:
     return sum(math.prod(getattr(held, "shape", None) or held["shape"]) for held in parameters.values()) * BYTES_PER_PARAMETER
 
 
-def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: int) -> str:
+def room_problems(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: int, disks: Disks) -> str:
+    """`room_problem` of every disk, each with its ranks' share of a checkpoint. Collective."""
+    mine = room_problem(run_dir, parameters, checkpoints=checkpoints, share=disks.share) if disks.is_leader else ""
+    told = [(rank, text) for rank, text in enumerate(distributed.gather_objects(mine)) if text]
+    return " ".join(text if disks.is_one else f"On {disks.name(disks.number_of(rank))}: {text}" for rank, text in told)
+
+
+def room_problem(run_dir: Path, parameters: Mapping[str, Any], *, checkpoints: int, share: float = 1.0) -> str:
     """Why so many new checkpoints would not fit on the disk of the run's folder; empty when they do.
 
     Args:
         run_dir: the run's folder.
         parameters: shape of every parameter.
         checkpoints: how many are to be there at once, those that are there already included.
+        share: of a checkpoint, what comes to this disk.
     """
     folder = checkpoints_folder(run_dir)
     there = folder
     while not there.exists():
         there = there.parent
-    one = size_bytes(parameters)
+    one = math.ceil(size_bytes(parameters) * share)
     kept = min(checkpoints - 1, len(committed(run_dir)))
     needed, free = one * (checkpoints - kept), shutil.disk_usage(there).free
     if needed <= free:
@@ -192,21 +204,48 @@ def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> Writt
     return Written(files, adam_step, sums)
 
 
-def _commit(aside: Path, folder: Path, fields: dict[str, Any], written: list[Written], world: World) -> None:
-    files = tuple(entry for part in written for entry in part.files)
+def _commit_everywhere(
+    aside: Path, folder: Path, fields: dict[str, Any], written: list[Written], world: World, disks: Disks
+) -> list[str]:
+    """Each disk's leader commits its part; none is renamed before all are ready. Collective; answers with what went wrong."""
+    manifest, problem = _attempt(lambda: _manifest(fields, written, world, disks)) if world.is_main else (None, "")
+    if not disks.is_one:
+        manifest = distributed.broadcast_object(manifest)
+    for act in (lambda: _prepare(aside, manifest, disks.number), lambda: _publish(aside, folder)):
+        if disks.is_leader and manifest is not None:
+            _, problem = _attempt(act)
+        answers = distributed.gather_objects(problem)
+        if problems := [text if disks.is_one else f"{disks.hosts[rank]}: {text}" for rank, text in enumerate(answers) if text]:
+            return problems
+    return []
+
+
+def _manifest(fields: dict[str, Any], written: list[Written], world: World, disks: Disks) -> Manifest:
+    files = tuple(entry.model_copy(update={"disk": disks.number_of(rank)}) for rank, part in enumerate(written) for entry in part.files)
     adam_step = max(part.adam_step for part in written)
     seals = certificate.seals(certificate.add(part.sums for part in written))
     certified = Certificate(adam_step=adam_step, tensors=seals, **fields.get("certificate", {}))
     fields = {"adam_step": adam_step, **fields, "certificate": certified}
-    manifest = Manifest(**fields, world_size=world.size, versions=_versions(), files=files)
+    manifest = Manifest(**fields, world_size=world.size, versions=_versions(), disks=disks.names, files=files)
     problems = coverage_problems(manifest.parameters, files)
     if problems:
         raise Failure("; ".join(problems[:5]))
+    return manifest
+
+
+def _prepare(aside: Path, manifest: Manifest, disk: int) -> None:
+    """Complete the part of a disk: its manifest, and nothing that this does not vouch for."""
+    aside.mkdir(parents=True, exist_ok=True)
     for path in aside.iterdir():
-        if path.name not in {entry.file for entry in files}:
+        if path.name not in {entry.file for entry in manifest.files if entry.disk == disk}:
             path.unlink()
+    if manifest.disks:
+        write_text(aside / part_name(disk), "")
     write_manifest(aside, manifest)
     sync_folder(aside)
+
+
+def _publish(aside: Path, folder: Path) -> None:
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -224,16 +263,20 @@ def _versions() -> dict[str, str]:
 def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
     """Whether a checkpoint holds: its manifest, and every reason against it (an empty list when it does hold).
 
-    Reads every byte of the files; sizes are looked at first.
+    Reads every byte of the files; sizes are looked at first. Files of other hosts' disks are not looked for (`absent_parts`).
     """
     try:
         manifest = read_manifest(folder)
     except ManifestError as error:
         return None, [str(error)]
-    problems = [text for text in (_size_problem(folder, entry) for entry in manifest.files) if text]
+    here = parts(folder, manifest)
+    if not here:
+        return manifest, [f"no {part_name(0)} or other file says whose part it is"]
+    files = [entry for entry in manifest.files if entry.disk in here]
+    problems = [text for text in (_size_problem(folder, entry) for entry in files) if text]
     if not problems:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), manifest.files) if text]
+            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), files) if text]
     return manifest, problems or coverage_problems(manifest.parameters, manifest.files)
 
 
@@ -265,15 +308,15 @@ def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, M
         folder and manifest, or None; and why each newer one, finished or not, was passed over.
     """
     if set_aside:
-        _restore_replaced(run_dir)
-    skipped = [f"{path.name} was not finished" for path in _leftovers(run_dir)]
+        restore_replaced(run_dir)
+    skipped = [f"{path.name} was not finished" for path in leftovers(run_dir)]
     for _, folder in committed(run_dir):
         manifest, problems = inspect(folder)
         if manifest is not None and not problems:
             return (folder, manifest), skipped
         reason = "; ".join(problems[:3])
         skipped.append(
-            f"{folder.name} is damaged: {reason}" + (f"; now {_set_aside(folder).name}" if set_aside else "")
+            f"{folder.name} is damaged: {reason}" + (f"; now {put_aside(folder).name}" if set_aside else "")
         )
     return None, skipped
 
@@ -284,29 +327,31 @@ def has_damaged(run_dir: Path) -> bool:
     return folder.is_dir() and any(folder.glob("step-*.damaged*"))
 
 
-def _set_aside(folder: Path) -> Path:
-    number, target = 1, folder.with_name(f"{folder.name}.damaged")
+def put_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint, so that it is not looked at again, and give its new place."""
+    number, target = 1, folder.with_name(f"{folder.name}.{why}")
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}.damaged-{number}")
+        target = folder.with_name(f"{folder.name}.{why}-{number}")
     os.rename(folder, target)
     sync_folder(folder.parent)
     return target
 
 
-def _leftovers(run_dir: Path) -> list[Path]:
+def leftovers(run_dir: Path) -> list[Path]:
+    """What saves that did not end have left."""
     return sorted(checkpoints_folder(run_dir).glob("step-*.tmp-*"))
 
 
-def _restore_replaced(run_dir: Path) -> None:
-    """A save that was killed between its two renames left the checkpoint of the same step under its passing name."""
+def restore_replaced(run_dir: Path) -> None:
+    """Give a checkpoint its name back, of which a save of the same step was killed between its two renames."""
     for path in checkpoints_folder(run_dir).glob("step-*.replaced"):
         if not path.with_suffix("").exists():
             os.rename(path, path.with_suffix(""))
 
 
 def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_every_steps: int | None = None) -> list[Path]:
-    """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank, between saves.
+    """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank of each disk, between saves.
 
     What cannot be deleted is told and left.
 
@@ -330,7 +375,7 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
                 continue
             gone.append(folder)
     folder = checkpoints_folder(run_dir)
-    for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *_leftovers(run_dir)]:
+    for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *folder.glob("step-*.fetched"), *leftovers(run_dir)]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".{MARKER}.*.tmp"):
         path.unlink(missing_ok=True)

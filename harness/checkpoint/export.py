@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint.commit import checkpoints_folder, folder_name, inspect, newest_good
+from harness.checkpoint.disks import refuse_part
 from harness.checkpoint.read import SliceReader
 from harness.errors import Refused
 from harness.files import read_json, sync_folder, write_json
@@ -46,7 +47,7 @@ def export(
         the new folder.
 
     Raises:
-        Refused: when there is no such checkpoint or it does not hold, the type is unknown, or `to` is in the way.
+        Refused: when there is no such checkpoint or it does not hold, other hosts have files of it, the type is unknown, or `to` is in the way.
     """
     to = Path(to)
     folder, manifest = _find(Path(source), checkpoint)
@@ -102,6 +103,7 @@ def _find(source: Path, checkpoint: str | None) -> tuple[Path, Manifest]:
         )
     if checkpoint == "best":
         return _best(source, found[1])
+    refuse_part(*found)
     return found[0].absolute(), found[1]
 
 
@@ -113,6 +115,7 @@ def _holding(folder: Path) -> tuple[Path, Manifest]:
             where=str(folder),
             remedy="Export another checkpoint of the run.",
         )
+    refuse_part(folder, manifest)
     return folder.absolute(), manifest
 
 

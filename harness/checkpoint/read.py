@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 
 from harness.errors import Failure
 from harness.formats.manifest import KINDS, Manifest
+
+if TYPE_CHECKING:
+    from harness.engine.holdings import Slice
 
 _MAX_OPEN_FILES = 64
 
@@ -22,10 +26,11 @@ class SliceReader:
     Args:
         folder: the checkpoint.
         manifest: its manifest.
+        fetched: another folder, with files of the checkpoint that the first one lacks.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder, self.manifest = Path(folder), manifest
+    def __init__(self, folder: Path, manifest: Manifest, fetched: Path | None = None):
+        self.folder, self.manifest, self.fetched = Path(folder), manifest, fetched
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._stored: dict[str, list[tuple[int, int, str]]] = {}
         for entry in manifest.files:
@@ -66,10 +71,24 @@ class SliceReader:
             position, index = stop, index + 1
         return result
 
+    def files(self, slices: Iterable[Slice]) -> set[str]:
+        """The files in which slices lie."""
+        found = set()
+        for part in slices:
+            stored = self._stored.get(self.manifest.tied.get(part.name, part.name), [])
+            end = part.offset + part.length
+            found |= {file for start, length, file in stored if start < end and part.offset < start + length}
+        return found
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.clear()
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+            own = self.folder / name
+            self._open[name] = safe_open(own if self.fetched is None or own.is_file() else self.fetched / name, framework="pt")
         self._open.move_to_end(name)
         return self._open[name]

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from harness.checkpoint import certificate
 from harness.checkpoint.commit import checkpoints_folder, committed, inspect
+from harness.checkpoint.disks import refuse_part
 from harness.errors import Refused
 from harness.formats.certificate import Certificate, Seal
 from harness.formats.manifest import KINDS, Manifest, SliceFile
@@ -65,12 +66,13 @@ def verify(run_dir: Path, *, checkpoint: str | None = None) -> Verdict:
         checkpoint: name of one of its checkpoints; by default the newest.
 
     Raises:
-        Refused: when there is none.
+        Refused: when there is none, or other hosts have files of it.
     """
     folder = _find(Path(run_dir), checkpoint)
     manifest, problems = inspect(folder)
     if manifest is None or problems:
         return Verdict(folder, manifest, problems=problems)
+    refuse_part(folder, manifest)
     found = certificate.seals(certificate.add(_sums(folder, entry) for entry in manifest.files))
     return Verdict(folder, manifest, found, _problems(manifest, found))
 

@@ -97,6 +97,10 @@ class CommonEngine(ABC):
         """Elements of the parameters that this rank writes into a checkpoint."""
         return slices.owned_elements(self.deepspeed, self.parameter_names())
 
+    def held_slices(self) -> list[slices.Slice]:
+        """The slices that `load_slices` reads on this rank."""
+        return slices.held_slices(self.deepspeed, self.parameter_names())
+
     def load_slices(self, read: Callable[[str, str, int, int], torch.Tensor], *, step: int) -> None:
         """Take weights and moments from `read(kind, name, offset, length)`; `step` is Adam's step count."""
         slices.load_slices(self.deepspeed, self.parameter_names(), read, step=step)

@@ -17,7 +17,7 @@ from harness.errors import Failure, Refused
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "hyper_parameters", "load_slices", "named_slices", "owned_elements"]
+__all__ = ["GROUP_ELEMENTS", "MOMENTS", "Slice", "SliceGroup", "held_slices", "hyper_parameters", "load_slices", "named_slices", "owned_elements"]
 
 HYPER = ("lr", "weight_decay", "betas", "eps")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,6 +85,15 @@ def load_slices(engine: DeepSpeedEngine, names: dict[int, str], read: Read, *, s
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def held_slices(engine: DeepSpeedEngine, names: dict[int, str]) -> list[Slice]:
+    """All that `load_slices` will read on this rank.
+
+    Raises:
+        Failure, Refused: as `named_slices`.
+    """
+    return [piece.slice for holding in _family(engine, names).holdings for piece in holding.pieces]
 
 
 def hyper_parameters(engine: DeepSpeedEngine, names: dict[int, str]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""What a checkpoint holds, and what vouches for it: `manifest.json`, version 1."""
+"""What a checkpoint holds, and what vouches for it: `manifest.json`, version 2.
+
+A checkpoint that hosts wrote on disks of their own lies in parts: each disk has the whole manifest, its hosts' files, and an empty file
+`disk-N` that says which part it is. The parts copied together into one folder are the whole.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from harness.files import digest_text, write_text
 from harness.formats.certificate import Certificate
 
 FILE_NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
+"""1 knew of one disk only."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -38,12 +43,13 @@ class ParameterEntry(_Part):
 
 
 class SliceFile(_Part):
-    """A file, and the slices (parameter, flat offset, length) of which it holds every kind as `<kind>/<parameter>`."""
+    """A file, and the slices (parameter, flat offset, length) of which it holds every kind as `<kind>/<parameter>`; `disk` is where it was written."""
 
     file: str
     bytes: int
     digest: str
     slices: tuple[tuple[str, int, int], ...]
+    disk: int = 0
 
 
 class Manifest(_Part):
@@ -77,7 +83,25 @@ class Manifest(_Part):
         default_factory=dict, description="The progress of the run, the best evaluation among it."
     )
     certificate: Certificate | None = Field(default=None, description="What a resume must find again; older checkpoints have none.")
+    disks: tuple[str, ...] = Field(default=(), description="Hosts of each disk, by number; empty when all ranks shared one.")
     files: tuple[SliceFile, ...] = ()
+
+
+def part_name(disk: int) -> str:
+    """Name of the file that says that a folder has the files of a disk."""
+    return f"disk-{disk}"
+
+
+def parts(folder: Path, manifest: Manifest) -> set[int]:
+    """The numbers of the disks whose files a folder should have; all of them where there was one disk."""
+    if not manifest.disks:
+        return {0}
+    return {number for number in range(len(manifest.disks)) if (Path(folder) / part_name(number)).is_file()}
+
+
+def absent_parts(folder: Path, manifest: Manifest) -> set[int]:
+    """The numbers of the disks whose files are not in a folder, and are not to be expected there."""
+    return {entry.disk for entry in manifest.files} - parts(folder, manifest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -96,14 +120,22 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ManifestError: when it is missing, changed since it was written, or of a later version.
     """
-    path = Path(folder) / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        digest = content.pop("digest")
-        version = int(content["version"])
+        text = (Path(folder) / FILE_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ManifestError(f"{FILE_NAME} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
+    return parse_manifest(text)
+
+
+def parse_manifest(text: str) -> Manifest:
+    """A manifest from the text of its file; errors are those of `read_manifest`."""
+    try:
+        content = json.loads(text)
+        digest = content.pop("digest")
+        version = int(content["version"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
     if digest != _digest(content):
         raise ManifestError(f"{FILE_NAME} was changed since it was written")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed, log
-from harness.checkpoint import commit
+from harness.checkpoint import commit, resume
+from harness.checkpoint.disks import Disks, find
 from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge
 from harness.config.load import Loaded
@@ -82,14 +83,15 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
     if world.is_main:
         attempt.write_deepspeed(ds_config)
-    found = _newest_checkpoint(run.run_path)
+    disks = _find_disks(run, world)
+    found = _newest_checkpoint(run.run_path, disks)
     changes = Changes.since(run, data, found)
     _note(run.run_path, "start", attempt=number, began=began(), phases=spent(), ranks=world.size, host=world.host, rows=table.fingerprint,
           first_row=changes.first_row(found), passed=changes.passed(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
-    _check_room(run, engine)
+    _check_room(run, engine, disks)
     mark("load")
-    progress = _resume(engine, found, run)
+    progress = _resume(engine, found, run, disks)
     changes.accept(progress)
     requests = Requests(run.run_path, stop)
     hearing = Hearing(requests.asked, device, requests.asked_of_all)
@@ -107,14 +109,14 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         _note(run.run_path, kind, **facts)
 
     witness = Witness(run, engine, data, grid, batch.rows)
-    saver = Saver(run, engine, witness, world, recorder, ds_config, attempt=number, stands=progress.step)
+    saver = Saver(run, engine, witness, world, disks, recorder, ds_config, attempt=number, stands=progress.step)
     trainer = Trainer(
         run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device),
         hearing=hearing, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch, hearing),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens, hearing=hearing),
         stop=stop, saver=saver, save_requested=lambda: requests.taken("save") or saver.is_due(),
-        go_back=WayBack(engine, lambda: _newest_checkpoint(run.run_path), ahead, witness, recorder, note),
+        go_back=WayBack(engine, disks, lambda: _newest_checkpoint(run.run_path, disks), ahead, witness, recorder, note),
         quarantine=lambda progress, step, first, last: _quarantine(run, progress, step, first, last), note=note,
         progress=progress, is_evaluated=_is_evaluated(run, found, course),
     )
@@ -168,22 +170,21 @@ def attempt_key(run: RunFile) -> str:
     return digest_text(str(run.run_path.absolute()))[:8]
 
 
-def _newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that holds, as rank 0 sees it, on every rank."""
-    found, skipped = None, []
-    if distributed.rank() == 0:
-        found, skipped = commit.newest_good(run_dir)
-    found, skipped = distributed.broadcast_object((found, skipped))
-    for reason in skipped:
+def _find_disks(run: RunFile, world: World) -> Disks:
+    disks = find(run.run_path, world)
+    if not disks.is_one:
+        say(f"{run.run_dir} is on {len(disks.order)} disks: {'; '.join(disks.names)}. Each keeps the checkpoint files of its own ranks.")
+    return disks
+
+
+def _newest_checkpoint(run_dir: Path, disks: Disks) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that holds, the same on every rank."""
+
+    def tell(reason: str) -> None:
         say(f"Checkpoint passed over: {reason}")
-        if distributed.rank() == 0:
-            ledger.append(run_dir, "skip", reason=reason)
-    if found is None and commit.has_damaged(run_dir):
-        raise Refused(
-            "Every checkpoint of this run is damaged; training would begin anew.", where=str(run_dir / "checkpoints"),
-            remedy="Mend one of them, or start a new run in another run_dir.",
-        )
-    return found
+        _note(run_dir, "skip", reason=reason)
+
+    return resume.newest(run_dir, disks, tell=tell)
 
 
 def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, device: torch.device, found: Any) -> Any:
@@ -195,18 +196,18 @@ def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, devic
     return engine
 
 
-def _check_room(run: RunFile, engine: CommonEngine) -> None:
+def _check_room(run: RunFile, engine: CommonEngine, disks: Disks) -> None:
     """Refuse before the first step what could not be saved later: what is kept, and one more while it is written."""
     checkpoints = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
-    lacking = distributed.broadcast_object(commit.room_problem(run.run_path, engine.parameters(), checkpoints=checkpoints) if distributed.rank() == 0 else "")
+    lacking = commit.room_problems(run.run_path, engine.parameters(), checkpoints=checkpoints, disks=disks)
     if lacking:
         raise Refused(lacking, where="run_dir, checkpoint.keep_last", remedy="Make room there, set `run_dir` to another disk, or keep fewer checkpoints.")
 
 
-def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile) -> Progress:
+def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile, disks: Disks) -> Progress:
     if found is None:
         return Progress()
-    folder, progress = found[0], load(engine, found)
+    folder, progress = found[0], load(engine, found, disks)
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
         ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)

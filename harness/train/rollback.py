@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.checkpoint import read
+from harness.checkpoint import fetch
+from harness.checkpoint.disks import Disks
 from harness.data.passed import Passed
 from harness.errors import AnomalyStop
 from harness.log import say
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from harness.train.opened import OpenStep
 
 
-def load(engine: CommonEngine, found: tuple[Path, Manifest]) -> Progress:
-    """Put a checkpoint into an engine, fresh or trained. Collective.
+def load(engine: CommonEngine, found: tuple[Path, Manifest], disks: Disks) -> Progress:
+    """Put a checkpoint into an engine, fresh or trained, and bring files to the disks that lack them. Collective.
 
     Returns:
         where the run stood.
     """
-    folder, manifest = found
-    engine.load_slices(read.SliceReader(folder, manifest).read, step=manifest.adam_step)
+    manifest = found[1]
+    with fetch.reading(found, engine.held_slices(), disks) as reader:
+        engine.load_slices(reader.read, step=manifest.adam_step)
     engine.restore_loss_scale(manifest.loss_scale)
     return Progress.from_state(manifest.state)
 
@@ -41,6 +43,7 @@ class WayBack:
 
     Attributes:
         engine: the engine.
+        disks: which ranks share the run's folder.
         newest: the newest checkpoint that holds, the same on all ranks; collective.
         ahead: the course from a place in the run.
         witness: of what was loaded.
@@ -49,6 +52,7 @@ class WayBack:
     """
 
     engine: CommonEngine
+    disks: Disks
     newest: Callable[[], tuple[Path, Manifest] | None]
     ahead: Callable[[Progress], Course]
     witness: Witness
@@ -72,7 +76,7 @@ class WayBack:
         if found is None or found[1].step >= spike.step or found[1].rows_consumed < progress.first_row:
             raise AnomalyStop(f"Step {spike.step} was a spike, and there is no checkpoint before it to roll back to. Its rows are {rows[0]:,} to {rows[1] - 1:,}.")
         course.loader.close(timeout_s=None)
-        before = load(self.engine, found)
+        before = load(self.engine, found, self.disks)
         passed = [list(pair) for pair in Passed.of(progress.passed).and_(*rows).ranges]
         back = replace(before, first_row=progress.first_row, passed=passed, rollbacks=progress.rollbacks + 1)
         ahead = self.ahead(back)

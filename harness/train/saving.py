@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness import distributed, memory
 from harness.checkpoint import commit
 from harness.checkpoint.background import Behind, Snapshot
+from harness.checkpoint.disks import Disks
 from harness.config.deepspeed import offload_device
 from harness.config.schema import RunFile
 from harness.errors import Failure
@@ -69,6 +70,7 @@ class Saver:
         engine: between two steps whenever a method is called.
         witness: gives the certificate.
         world: this rank's place.
+        disks: which ranks share the run's folder.
         recorder: gets the seconds.
         ds_config: the merged configuration.
         attempt: number of this start of the run.
@@ -76,11 +78,11 @@ class Saver:
     """
 
     def __init__(
-        self, run: RunFile, engine: CommonEngine, witness: Witness, world: World, recorder: Recorder, ds_config: dict[str, Any], *,
-        attempt: int, stands: int,
+        self, run: RunFile, engine: CommonEngine, witness: Witness, world: World, disks: Disks, recorder: Recorder,
+        ds_config: dict[str, Any], *, attempt: int, stands: int,
     ):
         self.run, self.engine, self.witness, self.world, self.recorder = run, engine, witness, world, recorder
-        self.ds_config, self.attempt, self.stands = ds_config, attempt, stands
+        self.disks, self.ds_config, self.attempt, self.stands = disks, ds_config, attempt, stands
         self.saved_at = time.monotonic()
         self._flight: Flight | None = None
         self._snapshot = Snapshot()
@@ -129,7 +131,7 @@ class Saver:
             self._cleaning.result()
         flight = Flight(self._fields(progress, metrics), progress.best_step)
         try:
-            commit.check_room(self.run.run_path, flight.fields, self.world)
+            commit.check_room(self.run.run_path, flight.fields, self.disks)
         except Failure as error:
             self._give_up(flight, error, last=last)
             return
@@ -156,7 +158,9 @@ class Saver:
         if flight.behind is not None:
             flight.answer = flight.behind.result()
         try:
-            folder = commit.conclude(flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world)
+            folder = commit.conclude(
+                flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world, disks=self.disks
+            )
         except Failure as error:
             self._give_up(flight, error, last=last)
             return
@@ -201,7 +205,7 @@ class Saver:
 
     def _retain(self, best_step: int, *, wait: bool) -> None:
         """Delete in a thread what need not be kept: large files take long to go."""
-        if not self.world.is_main:
+        if not self.disks.is_leader:
             return
         settings = self.run.checkpoint
         kept = {"keep_last": settings.keep_last, "best_step": best_step if settings.keep_best else None, "keep_every_steps": settings.keep_every_steps}

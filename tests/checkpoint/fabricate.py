@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint import commit
+from harness.checkpoint.disks import Disks
 from harness.engine.holdings import Slice, SliceGroup
 from harness.formats.manifest import KINDS
 from harness.world import World
@@ -76,5 +77,7 @@ def save_as_ranks(
     folder = commit.checkpoints_folder(run_dir) / commit.folder_name(step)
     aside = folder.with_name(f"{folder.name}.tmp-1")
     written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
-    commit._commit(aside, folder, fields(step, shapes, **others), written, World(size=ranks))
+    manifest = commit._manifest(fields(step, shapes, **others), written, World(size=ranks), Disks.shared(World(size=ranks)))
+    commit._prepare(aside, manifest, 0)
+    commit._publish(aside, folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from tests.checkpoint.fabricate import SHAPES, fields, groups, save, state
 
 from harness.checkpoint import commit
 from harness.errors import Failure
-from harness.files import digest_file
+from harness.files import digest_file, digest_text
 from harness.formats.manifest import FILE_NAME, ManifestError, coverage_problems, read_manifest
 from harness.world import World
 
@@ -204,10 +205,26 @@ def test_overlaps_and_unknown_names_are_problems(tmp_path):
     assert any("unknown parameter h.bias" in text for text in coverage_problems(fewer, manifest.files))
 
 
+def test_a_manifest_of_version_1_is_read(tmp_path):
+    """It knew of no disks, and so all files are to be there."""
+    folder = save(tmp_path, 10)
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["digest"], content["disks"]
+    for entry in content["files"]:
+        del entry["disk"]
+    content["version"] = 1
+    digest = digest_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
+    (folder / "manifest.json").write_text(json.dumps({"digest": digest, **content}))
+    manifest, problems = commit.inspect(folder)
+    assert problems == [] and manifest.disks == () and manifest.version == 1
+    (folder / manifest.files[0].file).unlink()
+    assert commit.inspect(folder)[1] == [f"{manifest.files[0].file} is missing"]
+
+
 def test_a_later_version_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.formats.manifest.VERSION", 0)
     folder = save(tmp_path, 10)
-    with pytest.raises(ManifestError, match="version 1, this harness reads up to 0"):
+    with pytest.raises(ManifestError, match="version 2, this harness reads up to 0"):
         read_manifest(folder)
 
 

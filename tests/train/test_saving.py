@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from harness.checkpoint import commit
+from harness.checkpoint.disks import Disks
 from harness.config.schema import RunFile
 from harness.errors import Failure, StopRequested
 from harness.files import digest_file
@@ -91,7 +92,8 @@ def train(
     witness = Witness(run, engine, open_data(run), grid, work.ROWS)
     run.run_path.mkdir(exist_ok=True)
     distributed.barrier()
-    saver = Saver(run, engine, witness, World(rank=grid.rank, size=grid.ranks), Silence(), merged, attempt=1, stands=0)
+    world = World(rank=grid.rank, size=grid.ranks)
+    saver = Saver(run, engine, witness, world, Disks.shared(world), Silence(), merged, attempt=1, stands=0)
     course = Course(steps, Schedule("constant", work.LR, work.STEPS), Rows(witness, before))
     stop = StopFlag() if stop is None else stop
 
