@@ -211,7 +211,7 @@ def _commit_everywhere(
     manifest, problem = _attempt(lambda: _manifest(fields, written, world, disks)) if world.is_main else (None, "")
     if not disks.is_one:
         manifest = distributed.broadcast_object(manifest)
-    for act in (lambda: _prepare(aside, manifest, disks.number), lambda: _publish(aside, folder)):
+    for act in (lambda: _prepare(aside, manifest, disks.number), lambda: publish(aside, folder)):
         if disks.is_leader and manifest is not None:
             _, problem = _attempt(act)
         answers = distributed.gather_objects(problem)
@@ -245,7 +245,8 @@ def _prepare(aside: Path, manifest: Manifest, disk: int) -> None:
     sync_folder(aside)
 
 
-def _publish(aside: Path, folder: Path) -> None:
+def publish(aside: Path, folder: Path) -> None:
+    """Give a checkpoint that is ready its name, in the place of one that has it, and mark it."""
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.commit import checkpoints_folder, committed, folder_name, has_damaged, inspect, leftovers, put_aside, restore_replaced
+from harness.checkpoint.commit import checkpoints_folder, committed, folder_name, has_damaged, inspect, leftovers, publish, put_aside, restore_replaced
 from harness.checkpoint.disks import Disks
 from harness.errors import Refused
 from harness.files import digest_file
@@ -21,19 +21,21 @@ class Sight:
     Attributes:
         identity: of the manifest; empty where there is none that can be read.
         absent: number and hosts of each disk whose files are not here; all others are, and hold.
+        aside: where it lies instead, when it was ready to be committed here and, as can be seen on another disk, was about to be.
         problem: why it does not hold; empty when it does, or is not here.
     """
 
     identity: str = ""
     absent: dict[int, str] = field(default_factory=dict)
+    aside: Path | None = None
     problem: str = ""
 
 
 def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of which all files hold, on whatever disks they are. Collective.
 
-    What is damaged is renamed to `*.damaged` on its disk. What is newer than the one chosen, but was not saved on all disks, as after a
-    crash between the commits of two hosts, is renamed to `*.incomplete`. Nothing is deleted.
+    What is damaged is renamed to `*.damaged` on its disk, and what is newer than the one chosen, but not there on all disks, to
+    `*.incomplete`. After a crash between the commits of two hosts, the second is made up for. Nothing is deleted.
 
     Args:
         run_dir: the run's folder.
@@ -55,10 +57,10 @@ def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple
         _tell(tell, disks, ((rank, [sight.problem]) for rank, sight in enumerate(sights) if sight.problem))
         source = next((rank for rank, sight in enumerate(sights) if sight.identity and not _missing(sights, sight.identity)), None)
         if source is not None:
-            text = (folder / FILE_NAME).read_text(encoding="utf-8") if disks.rank == source else ""
+            text = ((sights[source].aside or folder) / FILE_NAME).read_text(encoding="utf-8") if disks.rank == source else ""
             manifest = parse_manifest(distributed.broadcast_object(text, source=source))
             if disks.is_leader:
-                _leave_behind(run_dir, step, is_chosen=sights[disks.rank].identity in ("", sights[source].identity))
+                _settle(run_dir, step, sights[disks.rank], is_chosen=sights[disks.rank].identity in ("", sights[source].identity))
             return folder, manifest
         for text in _incomplete(folder, sights, disks):
             tell(text)
@@ -83,11 +85,16 @@ def _survey(run_dir: Path) -> tuple[list[int], list[str], bool]:
 
 def _look(folder: Path) -> Sight:
     if not folder.is_dir():
-        return Sight()
+        asides = [(aside, *inspect(aside)) for aside in folder.parent.glob(f"{folder.name}.tmp-*") if (aside / FILE_NAME).is_file()]
+        return next((_sight(aside, manifest, aside=aside) for aside, manifest, problems in asides if manifest and not problems), Sight())
     manifest, problems = inspect(folder)
     if manifest is None or problems:
         return Sight(problem=f"{folder.name} is damaged: {'; '.join(problems[:3])}; now {put_aside(folder).name}")
-    return Sight(digest_file(folder / FILE_NAME), {number: manifest.disks[number] for number in absent_parts(folder, manifest)})
+    return _sight(folder, manifest)
+
+
+def _sight(folder: Path, manifest: Manifest, *, aside: Path | None = None) -> Sight:
+    return Sight(digest_file(folder / FILE_NAME), {number: manifest.disks[number] for number in absent_parts(folder, manifest)}, aside)
 
 
 def _missing(sights: list[Sight], identity: str) -> dict[int, str]:
@@ -115,8 +122,10 @@ def _incomplete(folder: Path, sights: list[Sight], disks: Disks) -> list[str]:
     return told
 
 
-def _leave_behind(run_dir: Path, chosen: int, *, is_chosen: bool) -> None:
-    """Set aside what this disk has of steps that others lack."""
-    for step, folder in committed(run_dir):
-        if step > chosen or (step == chosen and not is_chosen):
+def _settle(run_dir: Path, step: int, sight: Sight, *, is_chosen: bool) -> None:
+    """Set aside what this disk has of steps that others lack, and commit what was about to be."""
+    for number, folder in committed(run_dir):
+        if number > step or (number == step and not is_chosen):
             put_aside(folder, "incomplete")
+    if is_chosen and sight.aside is not None:
+        publish(sight.aside, checkpoints_folder(run_dir) / folder_name(step))

@@ -79,5 +79,5 @@ def save_as_ranks(
     written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
     manifest = commit._manifest(fields(step, shapes, **others), written, World(size=ranks), Disks.shared(World(size=ranks)))
     commit._prepare(aside, manifest, 0)
-    commit._publish(aside, folder)
+    commit.publish(aside, folder)
     return folder
