@@ -60,13 +60,14 @@ def prepare_data(folder: Path) -> None:
 def travel(folder: str, run_dir: str, leg: Leg, last: int, dropout: float) -> Travelled:
     """On one rank: go on from the newest checkpoint, if there is one, to step `last`, and save."""
     from harness import distributed
-    from harness.checkpoint import commit, fetch, resume
+    from harness.checkpoint import commit, resume
     from harness.checkpoint.disks import find
     from harness.data.loader import TrainLoader
     from harness.data.sets import open_data
     from harness.engine.open import open_engine
     from harness.train.certify import Witness
     from harness.train.progress import Progress
+    from harness.train.rollback import load
     from harness.world import Grid, World
 
     said = _Said()
@@ -83,9 +84,7 @@ def travel(folder: str, run_dir: str, leg: Leg, last: int, dropout: float) -> Tr
     witness, progress = Witness(run, engine, data, grid, work.ROWS), Progress()
     order = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards)
     if found:
-        with fetch.reading(found, engine.held_slices(), disks) as reader:
-            engine.load_slices(reader.read, step=found[1].adam_step)
-        progress = Progress.from_state(found[1].state)
+        progress = load(engine, found, disks)
         witness.check(found, progress, order=order, schedule=SCHEDULE)
     travelled = Travelled(first=progress.step + 1)
     loader = TrainLoader(data.train, order, dp_rank=grid.dp_rank, dp_size=grid.dp_size, micro_batch=2, global_rows=work.ROWS, start=progress.rows)
