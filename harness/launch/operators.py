@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import Failure
-from harness.launch import locks
+from harness.launch import locks, prebuilt
 from harness.log import say
 from harness.units import format_seconds
 
@@ -41,6 +41,7 @@ def folder() -> Path:
     """Where this environment's operators are: TORCH_EXTENSIONS_DIR, or a folder of the environment, or the user's cache.
 
     The name holds what the code depends on: the versions, and the processor, for whose instructions it is compiled.
+    Those that came with DeepSpeed (`prebuilt`) are not here.
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
@@ -60,12 +61,7 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     """The instruction set of this machine, as a short name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    return f"{platform.machine()}-{_digest(flags)}"
+    return f"{platform.machine()}-{_digest(prebuilt.flag_line())}"
 
 
 def _digest(text: str) -> str:
@@ -133,8 +129,10 @@ def build(names: list[str], *, speak: bool) -> None:
 
     Raises:
         Failure: with the compiler's last words.
+        Refused: they came compiled, for another processor.
     """
     tell = say if speak else _silent
+    refuse_foreign_processor(names)
     if all(is_built(name) for name in names):
         return
     folder().mkdir(parents=True, exist_ok=True)
@@ -144,6 +142,16 @@ def build(names: list[str], *, speak: bool) -> None:
             stale = [_clear(folder() / label / "lock", tell) for label in FOLDERS[name]]
             if any(stale) or not is_built(name):
                 _compile(name, held, tell)
+
+
+def refuse_foreign_processor(names: list[str]) -> None:
+    """Refuse operators that came compiled, and for other processors than this one.
+
+    Raises:
+        Refused: with what this processor lacks.
+    """
+    if any(came_built(name) for name in names):
+        prebuilt.refuse_foreign_processor()
 
 
 def _silent(text: str) -> None:
@@ -161,8 +169,15 @@ def _clear(lock: Path, tell: Callable[[str], None]) -> bool:
 
 
 def is_built(name: str) -> bool:
+    """Whether a builder's operators are compiled, here or with DeepSpeed."""
     places = [folder() / label for label in FOLDERS[name]]
-    return all(any(place.glob("*.so")) and not (place / "lock").exists() for place in places)
+    return came_built(name) or all(any(place.glob("*.so")) and not (place / "lock").exists() for place in places)
+
+
+def came_built(name: str) -> bool:
+    """Whether a builder's operators came compiled with DeepSpeed, for the accelerator that is used."""
+    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if num_gpus() else "cpu")
+    return prebuilt.holds(FOLDERS[name], accelerator=accelerator)
 
 
 def _compile(name: str, held: int, tell: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from harness.errors import Failure
+from harness.errors import Failure, Refused
 from harness.launch import locks, operators
 from harness.preflight.findings import Finding, failed, passed, skipped, warned
 
@@ -130,15 +130,18 @@ def compiled(names: list[str], *, build: bool) -> Finding:
         build: compile now what is missing.
     """
     name = "operators"
-    if build:
-        try:
+    try:
+        operators.refuse_foreign_processor(names)
+        if build:
             operators.build(names, speak=True)
-        except Failure as error:
-            return failed(name, str(error), "Mend what the compiler says, then: harness doctor --build")
+    except Refused as error:
+        return failed(name, error.problem, error.remedy)
+    except Failure as error:
+        return failed(name, str(error), "Mend what the compiler says, then: harness doctor --build")
     missing = [label for builder in names if not operators.is_built(builder) for label in operators.FOLDERS[builder]]
     if missing:
         return passed(name, f"{', '.join(missing)}: compiled at the first launch, a minute or more each (now: harness doctor --build)")
-    return passed(name, f"compiled, in {operators.folder()}")
+    return passed(name, "came compiled with DeepSpeed" if all(map(operators.came_built, names)) else f"compiled, in {operators.folder()}")
 
 
 def build_locks() -> Finding:
