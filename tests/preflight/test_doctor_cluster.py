@@ -190,7 +190,8 @@ def test_ranks_of_mpirun_meet_and_measure():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout[done.stdout.index("{") :])
-    assert not _loud(told), _loud(told)
+    loud = [finding for finding in _loud(told) if finding["name"] != "leftovers of dead runs"]  # those of other tests
+    assert not loud, loud
     assert "2 ranks" in _together(told, "meeting")["what"] and "/s a link" in _together(told, "all-reduce")["what"]
     assert _together(told, "links")["state"] == "pass" and len(told["machines"]) == 1
 
