@@ -65,8 +65,9 @@ def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple
         for text in _incomplete(folder, sights, disks):
             tell(text)
     if steps or any(damaged for _, _, damaged in answers):
+        reason = "Every checkpoint of this run is damaged" if disks.is_one else "No checkpoint of this run holds on all disks"
         raise Refused(
-            "No checkpoint of this run holds; training would begin anew.", where=str(checkpoints_folder(run_dir)),
+            f"{reason}; training would begin anew.", where=str(checkpoints_folder(run_dir)),
             remedy="Mend one of them, or start a new run in another run_dir.",
         )
     return None

@@ -112,7 +112,7 @@ def test_a_disk_that_is_a_checkpoint_behind(base, whole, ranks2, places, tmp_pat
     assert {path.name for path in behind.iterdir()} == {"latest", "step-000004", "step-000012", "step-000008.incomplete"}
     for folder in (ahead, behind):
         shutil.rmtree(folder / "step-000004"), shutil.rmtree(folder / "step-000012")
-    with pytest.raises(RankFailure, match="No checkpoint of this run holds; training would begin anew"):
+    with pytest.raises(RankFailure, match="No checkpoint of this run holds on all disks; training would begin anew"):
         ranks2.run(travel, str(base), "", leg, 3 * STEPS, 0.1)
 
 
