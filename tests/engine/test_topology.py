@@ -10,8 +10,8 @@ from harness.formats.manifest import KINDS, read_manifest
 from tests.engine.journey import STEPS, Leg, journey, prepare_data, tensors, travel
 
 SLOW = pytest.mark.slow
-TOLERANCE = {"losses": 1e-5, "master": 1e-5, "exp_avg": 1e-4, "exp_avg_sq": 1e-4}
-"""Relative; of tensors, the norm of the difference to the norm of the tensor."""
+TOLERANCE = {"losses": 1e-5, "master": 1e-6, "exp_avg": 3e-6, "exp_avg_sq": 5e-5}
+"""Relative; of tensors, the norm of the difference to the norm of all of the kind; seen: 2e-7, 4e-7 and, with DeepSpeed's CPU Adam, 1e-5."""
 SAME = "What was loaded is what was saved"
 ZERO3, ZERO1, CPU, NVME = "zero3", "zero1", "zero3_offload_cpu", "zero3_offload_nvme"
 WAYS = {
