@@ -1,0 +1,86 @@
+"""A disk, a small one of its own, that becomes full during a save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harness.checkpoint import commit
+from harness.errors import Failure
+from harness.world import World
+from tests.checkpoint.fabricate import fields, groups, save, state
+from tests.end_to_end.faults import assert_same, events, launched, losses, running
+from tests.faults import cases
+from tests.faults.cases import Case, rows
+
+SHAPES = {"wte.weight": (96, 64), "h.weight": (64, 64), "h.bias": (64,), "scale": ()}
+
+
+@contextmanager
+def disk(folder: Path, *, mib: int) -> Iterator[Path]:
+    """A tmpfs, which only the administrator can mount."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root and CAP_SYS_ADMIN")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, *, but_bytes: int) -> Path:
+    """Take all room but so much."""
+    path = folder / "filler"
+    with open(path, "wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(folder).free - but_bytes)
+    return path
+
+
+@rows(cases.FULL_WRITE)
+def test_a_disk_that_becomes_full_while_a_file_is_written(case: Case, measured, tmp_path):
+    with disk(tmp_path / "disk", mib=4) as run_dir:
+        save(run_dir, 10)
+        tensors = state(SHAPES, seed=1)
+
+        def filling() -> Iterator:
+            whole = groups(tensors, rank=0, ranks=1, per_group=1, shapes=SHAPES)
+            yield next(whole)
+            fill(run_dir, but_bytes=20_000)
+            yield from whole
+
+        def attempt(owned: Iterator) -> Path:
+            return commit.save(owned, run_dir=run_dir, fields=fields(20, SHAPES), attempt=1, world=World())
+
+        with pytest.raises(Failure, match="step 20 was not saved; the one before it stands.\n.*No space left on device"):
+            attempt(filling())
+        assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step-000010"}
+        assert commit.newest_good(run_dir)[0][1].step == 10
+        (run_dir / "filler").unlink()
+        assert commit.inspect(attempt(groups(tensors, rank=0, ranks=1, shapes=SHAPES)))[1] == []
+
+
+@rows(cases.FULL_SAVE, cases.FULL_RUN)
+def test_a_run_whose_disk_becomes_full(case: Case, course, fault, measured, tmp_path):
+    """A little room is left for a few lines, or none at all."""
+    with disk(tmp_path / "disk", mib=64) as small:
+        run_dir, place = small / "run", fault(1, "save", 10)
+        with running(course.run_file, run_dir, "checkpoint.keep_last=2", "launch.restarts=0") as it:
+            it.until((place / "struck").exists)
+            filler, struck = fill(small, but_bytes=100_000 if case is cases.FULL_SAVE else 0), time.time()
+            (place / "go").touch()
+            assert it.end() == 1, it.output
+            measured["ended"] = time.time() - struck
+        assert case.follows.split('"')[1] in it.output
+        assert [event["step"] for event in events(run_dir, "save")] == [5]
+        filler.unlink()
+        launched(course.run_file, run_dir, "checkpoint.keep_last=2")
+        assert [event["step"] for event in events(run_dir, "resume")] == [5]
+        assert_same(run_dir, course.run_dir)
+        assert max(losses(run_dir)) == 20
