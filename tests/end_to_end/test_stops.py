@@ -12,8 +12,8 @@ from harness.formats.manifest import read_manifest
 from tests.end_to_end.faults import Running, assert_same, evaluations, events, launched, losses, running, said, write_run
 
 WORDS = ["tone", "size", "name", "rule", "form", "pace"]
-WITHIN_S = 12.0
-"""From the request to the end of the launcher, interpreters and all, on a busy machine."""
+WITHIN_S = 8.0
+"""From the request until all ranks have heard it, saved and written how they ended; how long interpreters take to go is another matter."""
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def whole(run_file, folder) -> Path:
 
 
 def stopped(it: Running) -> float:
-    """It ends with code 75, all of it; gives the seconds that it took."""
-    started = time.monotonic()
+    """It was asked just now and ends with code 75, all of it; gives the seconds until it had stopped, by its ledger."""
+    asked = time.time()
     assert it.end() == 75 and it.outcome().state == "stopped", it.output
     assert "Traceback" not in it.output, it.output
-    return time.monotonic() - started
+    return events(it.run_dir, "stop")[-1]["time"] - asked
 
 
 def assert_goes_on(run_file: Path, run_dir: Path, whole: Path) -> None:
