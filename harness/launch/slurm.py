@@ -57,12 +57,15 @@ verdict=$("$python" -m harness.launch.again "$run_dir" --job "$job" --restarts {
 read -r what ended <<<"${{verdict:-end $code}}"
 say "srun ended with $code, the run with $ended"
 if [ "$what" = again ]; then
-  trap '' TERM
+  told=0
+  trap 'told=1' TERM
   state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
   if [ "$state" = RUNNING ]; then # not under scancel, after which a requeue would bring the job back
     say "back into the queue"
+    told=0
     if scontrol requeue "$SLURM_JOB_ID"; then
-      sleep 600 # Slurm ends this script; to leave before it does would be the end of the job
+      while [ "$told" = 0 ]; do sleep 1; done # until Slurm ends this start; to leave before it does would be the end of the job
+      exit "$ended"
     fi
   fi
   say "not queued again: the job is $state"
