@@ -47,13 +47,13 @@ class Witness:
     grid: Grid
     batch_rows: int
 
-    def facts(self, progress: Progress) -> dict[str, Any]:
-        """What a certificate holds beside the tensors. Collective."""
+    def facts(self, progress: Progress, *, probe: bool = True) -> dict[str, Any]:
+        """What a certificate holds beside the tensors, the probe's forward pass only where it is asked for. Collective."""
         whole = distributed.broadcast_object(self.data.is_whole)
         rows = self.rows(self.order(), progress, count=2 * self.batch_rows) if whole and self.grid.rank == 0 else None
-        probe = self.probe() if whole else None
+        probed = self.probe() if whole and probe else None
         mark("save")
-        return {"groups": self.groups(), "rows": rows, "probe": probe}
+        return {"groups": self.groups(), "rows": rows, "probe": probed}
 
     def check(self, found: tuple[Path, Manifest], progress: Progress, *, order: Any, schedule: Schedule) -> None:
         """Compare what was loaded with what was saved. Collective.
@@ -132,13 +132,10 @@ class Witness:
         return certificate.next_rows(order, first=progress.rows, count=count, begin=progress.first_row, passed=Passed.of(progress.passed))
 
     def probe(self) -> Probe:
-        """The loss on the first rows of the first validation set. Collective."""
+        """The loss on the first rows of the first validation set, one at a time, for training stands still meanwhile. Collective."""
         table = next(iter(self.data.validation.values()))
         errors: list[HarnessError] = []
-        micro_batch = self.run.evaluation.micro_batch or self.run.train.micro_batch
-        batches = eval_batches(
-            table, dp_rank=self.grid.dp_rank, dp_size=self.grid.dp_size, micro_batch=micro_batch, errors=errors, num_rows=PROBE_ROWS
-        )
+        batches = eval_batches(table, dp_rank=self.grid.dp_rank, dp_size=self.grid.dp_size, micro_batch=1, errors=errors, num_rows=PROBE_ROWS)
         answer = evaluate(self.engine, {"": batches}, errors)
         return Probe(
             data_fingerprint=table.fingerprint, rows=min(PROBE_ROWS, table.num_rows), tokens=answer.tokens, loss=answer.loss,

@@ -118,7 +118,7 @@ class Saver:
 
         Args:
             progress: where the run stands.
-            metrics: of the evaluation of this step.
+            metrics: of the evaluation of this step; empty when there was none.
             last: no training follows: it is written at once, and to fail ends the run.
 
         Raises:
@@ -129,14 +129,15 @@ class Saver:
         self.saved_at = time.monotonic()
         if self._cleaning is not None:
             self._cleaning.result()
-        flight = Flight(self._fields(progress, metrics), progress.best_step)
+        waits = last or not self._may_copy()
+        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step)
         try:
             commit.check_room(self.run.run_path, flight.fields, self.disks)
         except Failure as error:
             self._give_up(flight, error, last=last)
             return
         self._flight = flight
-        if last or not self._may_copy():
+        if waits:
             flight.answer = self._write(flight, _marked(self.engine.named_slices()))
             flight.stall_s = time.perf_counter() - started
             self.finish(last=last)
@@ -223,8 +224,8 @@ class Saver:
             )
         self.recorder.extra(flight.step, {"checkpoint/stall_seconds": stall_s, "checkpoint/save_seconds": seconds})
 
-    def _fields(self, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:
-        """What the manifest says. Collective."""
+    def _fields(self, progress: Progress, metrics: dict[str, float], *, probe: bool) -> dict[str, Any]:
+        """What the manifest says; the probe is left out where training would wait for it more than for all the rest. Collective."""
         return {
             "step": progress.step,
             "rows_consumed": progress.rows,
@@ -240,7 +241,7 @@ class Saver:
             "loss_scale": self.engine.loss_scale(),
             "metrics": metrics,
             "state": progress.state(),
-            "certificate": self.witness.facts(progress),
+            "certificate": self.witness.facts(progress, probe=probe),
         }
 
 

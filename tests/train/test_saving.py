@@ -169,7 +169,9 @@ def test_the_bytes_are_those_of_the_step_though_training_went_on(base, ranks2, t
     for step in ("step-000005", "step-000009"):
         plain, behind = (tmp_path / kind / "checkpoints" / step for kind in ("plain", "behind"))
         assert content(plain) == content(behind) and len(content(plain)) >= 2
-        assert read_manifest(plain).certificate == read_manifest(behind).certificate
+        first, second = read_manifest(plain).certificate, read_manifest(behind).certificate
+        assert first.probe and second.model_copy(update={"probe": first.probe}) == first
+        assert second.probe == (first.probe if step == "step-000009" else None), "training does not wait for a probe alone"
         assert commit.inspect(behind)[1] == []
     saves = [event for event in ledger.read(tmp_path / "behind") if event["kind"] == "save"]
     assert [event["step"] for event in saves] == [5, 9] and saves[0]["seconds"] > saves[0]["stall_seconds"] > 0
