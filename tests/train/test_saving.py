@@ -226,6 +226,8 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(base, ranks2, tm
 
 def fills_the_disk(base: str, run_dir: str) -> int:
     """The disk is full while the checkpoint of step 4 is written, and empty again before step 6 is."""
+    from harness import distributed
+
     ballast = Path(run_dir) / "checkpoints" / "ballast"
 
     def fill(original: Any, path: Path, *rest: Any) -> Any:
@@ -240,6 +242,9 @@ def fills_the_disk(base: str, run_dir: str) -> int:
 
     def before(step: int) -> None:
         if step == 6:
+            while trainer.saver.writing:
+                time.sleep(0.01)
+            distributed.barrier()
             ballast.unlink(missing_ok=True)
 
     trainer = train(base, run_dir, 6, before, every_steps=2, keep_last=1)
