@@ -91,6 +91,7 @@ class Bench:
         import torch
 
         from harness import distributed
+        from harness.checkpoint.disks import Disks
         from harness.config.batch import BatchEquation
         from harness.config.deepspeed import merge
         from harness.config.load import Loaded
@@ -109,7 +110,8 @@ class Bench:
         config = tiny_config("gpt2", layers=layers, width=width, vocabulary=VOCABULARY)
         self.engine = ZeroEngine(run, config, merged, device=torch.device("cpu"), weights=None)
         self.witness, self.recorder = Witness(run, self.engine, open_data(run), Grid(1, RANKS, rank), ROWS), Recorder()
-        self.saver = Saver(run, self.engine, self.witness, World(rank=rank, size=RANKS), self.recorder, merged, attempt=1, stands=0)
+        world = World(rank=rank, size=RANKS)
+        self.saver = Saver(run, self.engine, self.witness, world, Disks.shared(world), self.recorder, merged, attempt=1, stands=0)
         self.copy = Clocked(self.saver._snapshot.take)
         self.saver._snapshot.take = self.copy
         self.facts = Clocked(self.saver._fields)
