@@ -23,6 +23,8 @@ if manner == "child":
     subprocess.Popen([sys.executable, "-c", parent, str(run_dir), sleep], start_new_session=True)
 facts = {"pid": os.getpid(), "parent": os.getppid(), "port": os.environ["MASTER_PORT"], "world": os.environ["WORLD_SIZE"], "local": os.environ["LOCAL_RANK"]}
 (run_dir / f"up-{rank}").write_text(json.dumps(facts))
+while not all((run_dir / f"up-{other}").is_file() for other in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)  # one that ends at once would have the others ended before they were up
 def step(number):
     for phase in ("data", "forward", "backward", "reduce", "step"):
         heartbeat.mark(phase, number)
