@@ -121,11 +121,18 @@ class Running:
         self.strike(signal.SIGKILL, ranks=list(range(len(self.ranks()))))
 
     def end(self, *, timeout_s: float = 120.0) -> int:
-        """Wait for the launcher and give its code; no rank may be left."""
+        """Wait for the launcher and give its code; no process of the run may be left, but for the moment in which the last one goes."""
         code = self.child.wait(timeout=timeout_s)
-        left = [process for process in psutil.process_iter(["cmdline"]) if str(self.run_dir) in (process.info["cmdline"] or [])]
-        assert not left, left
+        deadline = time.monotonic() + 3.0
+        while left := self._left():
+            assert time.monotonic() < deadline, left
+            time.sleep(POLL_S)
         return code
+
+    def _left(self) -> list[list[str]]:
+        """Command lines that name the run's folder."""
+        lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        return [line for line in lines if f"run_dir={self.run_dir}" in line]
 
     def outcome(self) -> Outcome:
         """What it left behind."""
