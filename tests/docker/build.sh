@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds an image step by step with no container engine and no image registry, then runs the quickstart in it as a pod would:
 # a user without rights, a read-only root file system, no network, the harness as PID 1. Needs root, buildah and debootstrap.
-# usage: bash tests/docker/build.sh [--only-build] [DOCKERFILE]      docker/Dockerfile.cpu by default; takes 10 minutes on 2 cores
-#   IMAGE_DIR       everything that is made, 25 GB; removed at the end unless it is set
+# usage: bash tests/docker/build.sh [--only-build] [DOCKERFILE]      docker/Dockerfile.cpu by default; 20 minutes or more on 2 cores, most of it compiling
+#   IMAGE_DIR       everything that is made, about 10 GB; removed at the end unless it is set
 #   BASE_ROOTFS     a tar of a root file system to begin with, instead of Debian 12 by debootstrap
 # pip in the build is configured as pip is here: the indexes, folders and certificates that it names are mounted, the Dockerfile is as it is.
 set -euo pipefail
