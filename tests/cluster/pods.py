@@ -196,9 +196,17 @@ class Controller:
             elif volume["emptyDir"].get("medium") == "Memory":
                 lines.append(f"mount -t tmpfs -o mode=1777,size={volume['emptyDir']['sizeLimit'].rstrip('i').lower()} tmpfs {path}")
             else:
-                lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {path}")
+                lines.append(self._empty(Path(path)))
         lines.append(f"printf %s {shlex.quote(self._names(index))} > /etc/hosts")
-        return [*sorted(lines, key=lambda line: line.endswith(" /tmp")), "mount -o remount,ro /etc", "mount -o remount,bind,ro /"]
+        return [*sorted(lines, key=lambda line: " tmpfs /tmp" in line), "mount -o remount,ro /etc", "mount -o remount,bind,ro /"]
+
+    def _empty(self, path: Path) -> str:
+        """A shell line that lays an empty folder over `path`; where the image stands below it, on this machine alone, it is laid there again."""
+        below = [folder for folder in self.image_folders if folder.is_relative_to(path)]
+        kept = "".join(f"mkdir -p /media/{number}; mount --bind {shlex.quote(str(folder))} /media/{number}; " for number, folder in enumerate(below))
+        laid = "".join(f"; mkdir -p {shlex.quote(str(folder))}; mount --bind /media/{number} {shlex.quote(str(folder))}; umount /media/{number}" for number, folder in enumerate(below))
+        opened = "mount -t tmpfs tmpfs /media; " if below else ""
+        return f"{opened}{kept}mount -t tmpfs -o mode=1777 tmpfs {path}{laid}"
 
     def _image(self, base: str) -> list[str]:
         """Shell lines that open the way to the image's folders, and to nothing beside them."""
