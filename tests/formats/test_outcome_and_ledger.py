@@ -7,6 +7,7 @@ import json
 import pytest
 
 from harness.formats import ledger
+from harness.formats import manifest
 from harness.formats.manifest import Manifest, ManifestError, ParameterEntry, SliceFile, coverage_problems, read_manifest, write_manifest
 from harness.formats.outcome import Outcome, last_step, read_outcome, write_outcome
 
@@ -66,8 +67,8 @@ def test_a_spoilt_manifest_is_told(tmp_path, spoil, told):
 
 
 def test_a_later_version_is_refused(tmp_path):
-    write_manifest(tmp_path, _manifest(version=2))
-    with pytest.raises(ManifestError, match="version 2"):
+    write_manifest(tmp_path, _manifest(version=manifest.VERSION + 1))
+    with pytest.raises(ManifestError, match=f"version {manifest.VERSION + 1}"):
         read_manifest(tmp_path)
 
 
