@@ -17,7 +17,8 @@ from harness import files
 from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
 from harness.formats.outcome import Outcome, newest_attempt, read_outcome
 from harness.launch.job import Job
-from harness.launch.starter import HELD, REQUESTS
+from harness.launch.requests import listening
+from harness.launch.starter import HELD
 from harness.launch.wire import Wire
 from harness.log import say
 
@@ -83,16 +84,11 @@ class _Running:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over the requests; a hangup stays ignored where it was (nohup)."""
-        before = {number: signal.getsignal(number) for number in REQUESTS}
-        for number, handler in before.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
+        """Take over the requests, and let go of everything at the end."""
         try:
-            yield
+            with listening(self._pass_on):
+                yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             os.close(self._pipe)
             if self._wire is not None:
                 self._wire.close()

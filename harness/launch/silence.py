@@ -9,8 +9,9 @@ from harness.heartbeat import Beat
 
 LEAST_S, TIMES = 60.0, 20.0
 """Without a setting a rank may be silent for this long, and for so many times the longest pause between its marks so far."""
-EARLY_S = 1.2
-"""So much before the bound a rank is given up, for it is looked at once a second and is to be ended within the bound."""
+EARLY_S, EARLY_SHARE = 1.2, 0.15
+"""So much before the bound a rank is given up, for it is looked at once a second and is to be ended within the bound; of a short bound less,
+for marks of other hosts come once a second, too."""
 START_S = 1800.0
 """Before its first step is done nothing is known of a run; loading a large model is silent for long."""
 
@@ -64,7 +65,7 @@ class SilenceWatch:
                 self._longest_s = max(self._longest_s, beat.at_s - before.at_s)
         self._before = dict(beats)
         bound_s = self._bound_s(beats)
-        if now_s - min(beat.at_s for beat in beats.values()) <= bound_s - EARLY_S:
+        if now_s - min(beat.at_s for beat in beats.values()) <= bound_s - min(EARLY_S, EARLY_SHARE * bound_s):
             return None
         rank = min(beats, key=lambda rank: (rank not in stopped, beats[rank].at_s))
         return Silent(rank, now_s - beats[rank].at_s, bound_s, beats[rank], rank in stopped)

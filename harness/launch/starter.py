@@ -10,8 +10,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,10 +24,10 @@ from harness.heartbeat import Board
 from harness.launch import stacks
 from harness.launch.job import Node
 from harness.launch.peers import Peers
+from harness.launch.requests import listening
 from harness.launch.verdict import End, Ended, Gone
 from harness.log import say
 
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_S = 0.1
 LOOK_S = 1.0
 LINGER_S = 5.0
@@ -68,7 +68,7 @@ class Starter:
     def run(self) -> Ended:
         """Start, watch and reap; SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed to all ranks at once."""
         _prctl(_SUBREAPER, 1)
-        with self._listening():
+        with listening(self._pass_on):
             self._start()
             looked_s = time.monotonic()
             while self.ranks:
@@ -93,19 +93,6 @@ class Starter:
             )
         if self.requests:
             self._signal(signal.SIGTERM)
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Take over the requests; a hangup stays ignored where it was (nohup)."""
-        before = {number: signal.getsignal(number) for number in REQUESTS}
-        for number, handler in before.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.requests += 1

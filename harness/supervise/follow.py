@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.errors import Refused
-from harness.launch.starter import REQUESTS
+from harness.launch.requests import listening
 
 
 def folder(run_dir: Path) -> Path:
@@ -43,12 +42,5 @@ def print_from(path: Path, start: int) -> int:
 def until_asked() -> Iterator[threading.Event]:
     """An event that is set by the first request; a hangup stays ignored where it was (nohup)."""
     asked = threading.Event()
-    before = {number: signal.getsignal(number) for number in REQUESTS}
-    for number, handler in before.items():
-        if number != signal.SIGHUP or handler != signal.SIG_IGN:
-            signal.signal(number, lambda *_: asked.set())
-    try:
+    with listening(lambda *_: asked.set()):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import EXIT_FAILURE
@@ -14,7 +12,7 @@ from harness.formats.outcome import Outcome
 from harness.launch import run as launches
 from harness.launch.again import is_worth_another
 from harness.launch.run import LaunchPlan
-from harness.launch.starter import REQUESTS
+from harness.launch.requests import listening
 from harness.log import say
 
 LONGEST_PAUSE_S = 60.0
@@ -70,18 +68,5 @@ def _give_up(run_dir: Path, ended: Outcome, restarts: int) -> Outcome:
 def _asked_within(seconds: float) -> bool:
     """Wait, but not beyond a request to stop."""
     asked = threading.Event()
-    with _listening(asked):
+    with listening(lambda *_: asked.set()):
         return asked.wait(seconds)
-
-
-@contextmanager
-def _listening(asked: threading.Event) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in REQUESTS}
-    for number, handler in before.items():
-        if number != signal.SIGHUP or handler != signal.SIG_IGN:
-            signal.signal(number, lambda *_: asked.set())
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
