@@ -155,6 +155,24 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_conf
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if fp32 and engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.check_grad_overflow = True
+    if engine.zero_optimization_stage() in (1, 2) and getattr(engine.optimizer, "cpu_offload", False):
+        _forget_broken_gradients(engine.optimizer)
     if fp32 and engine.zero_optimization_stage() == 0:
         guard_stage0(engine)
     return engine
+
+
+def _forget_broken_gradients(optimizer: Any) -> None:
+    """Let a step that is skipped leave no gradients behind.
+
+    With CPU offload DeepSpeed 0.19.8 keeps the sums of such a step (`DeepSpeedZeroOptimizer.step`, deepspeed/runtime/zero/stage_1_and_2.py, clears
+    `averaged_gradients` without offload alone), adds those of the next one to them, and so skips every step that follows.
+    """
+    update = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        update(*args, **kwargs)
+        if optimizer.overflow:
+            optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    optimizer.step = step
