@@ -198,7 +198,7 @@ class Controller:
             else:
                 lines.append(self._empty(Path(path)))
         lines.append(f"printf %s {shlex.quote(self._names(index))} > /etc/hosts")
-        return [*sorted(lines, key=lambda line: " tmpfs /tmp" in line), "mount -o remount,ro /etc", "mount -o remount,bind,ro /"]
+        return [*sorted(lines, key=lambda line: bool(re.search(r" tmpfs /tmp(;|$)", line))), "mount -o remount,ro /etc", "mount -o remount,bind,ro /"]
 
     def _empty(self, path: Path) -> str:
         """A shell line that lays an empty folder over `path`; where the image stands below it, on this machine alone, it is laid there again."""
