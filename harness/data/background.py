@@ -9,7 +9,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from harness import files
 from harness.config.schema import RunFile
 from harness.data import sources
 from harness.data.fetch import never
+from harness.data.lazy import lazy
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order
 from harness.data.maker import set_fingerprint
@@ -131,17 +131,17 @@ class GrowingTable(RowTable):
         """Whether all shards are there."""
         return (self.folder / NAME).is_file()
 
-    @cached_property
+    @lazy
     def index(self) -> ShardSetIndex:
         """Of the whole set."""
         return self._whole.index
 
-    @cached_property
+    @lazy
     def summary(self) -> Summary:
         """Of the whole set."""
         return self._whole.summary
 
-    @cached_property
+    @lazy
     def _whole(self) -> RowTable:
         wait_for(lambda: self.is_whole, self.folder.parent, self.given_up)
         return RowTable.build(self.folder, self.packing)

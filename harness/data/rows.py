@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
+from harness.data.lazy import lazy
 from harness.data.order import VERSION as ORDER_VERSION
 from harness.data.order import Order, row_ids, shard_and_row
 from harness.data.packing import Packing, Plan
@@ -36,17 +36,17 @@ class OpenShard:
     plan: Plan
     holds: list[str]
 
-    @cached_property
+    @lazy
     def tokens(self) -> np.ndarray:
         """uint16 or int32 [tokens]: the ids of all documents, one after the other."""
         return _values(self._column.values)
 
-    @cached_property
+    @lazy
     def offsets(self) -> np.ndarray:
         """int32 [documents + 1]: where each document begins."""
         return _values(self._column.offsets)
 
-    @cached_property
+    @lazy
     def _column(self) -> Any:
         import pyarrow as pa
 
@@ -140,7 +140,7 @@ class RowTable:
         """Share of positions that hold a token of a document."""
         return sum(self.summary.filled) / max(1, self.num_rows * self.sequence_length)
 
-    @cached_property
+    @lazy
     def ends(self) -> np.ndarray:
         """int64 [shards]: rows up to the end of each shard, for people's numbers of rows."""
         return np.cumsum(np.asarray(self.summary.rows, np.int64))

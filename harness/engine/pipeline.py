@@ -178,6 +178,7 @@ class PipelineEngine(CommonEngine):
         self._sums.zero_()
         self.deepspeed.reset_activation_shape()
         remaining = iter(batches)
+        mark("evaluate")
         while portion := list(islice(remaining, EVALUATED_TOGETHER)):
             mark("evaluate")
             items = iter([self._item(batch) for batch in portion])

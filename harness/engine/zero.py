@@ -139,6 +139,7 @@ class ZeroEngine(CommonEngine):
         """
         self.deepspeed.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        mark("evaluate")
         for batch in batches:
             mark("evaluate")
             sums += self._eval_sums(batch)

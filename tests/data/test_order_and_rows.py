@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from harness.data.loader import UNTRAINED, TokenReader, TrainLoader, eval_batche
 from harness.data.order import Order, shard_and_row
 from harness.data.packing import Packing, best_fit, cut, spans_in_pieces
 from harness.data.rows import RowTable
+from harness.data.store import LocalStore
 
 from tests.data.conftest import make_run, write_pairs
 
@@ -241,3 +244,27 @@ def test_every_world_reads_the_same_epochs(many_shards, which, length, packing, 
     assert np.array_equal(np.sort(ids[: table.num_rows]), np.sort(table.ids(np.arange(table.num_rows))))
     assert table.num_rows < 10 or not np.array_equal(ids[: table.num_rows], ids[table.num_rows :]), "two epochs differ"
     assert trained == int(table.trained_tokens(ids[start : start + len(seen)]).sum())
+
+
+def test_whoever_waits_for_a_shard_of_one_set_keeps_no_other_set_from_being_read(prepared):
+    """The lock that `functools.cached_property` of Python 3.11 holds for all objects of a class would."""
+    asked, may_come = threading.Event(), threading.Event()
+
+    class Late(LocalStore):
+        def hold(self, wanted):
+            asked.set()
+            assert may_come.wait(60)
+            return super().hold(wanted)
+
+    packing = Packing(32, "best_fit", "cut")
+    late, near = (RowTable.open(store, packing, local=None) for store in (Late(prepared / "train"), LocalStore(prepared / "validation")))
+    waiting = threading.Thread(target=lambda: late.shard(0).tokens)
+    reading = threading.Thread(target=lambda: near.shard(0).tokens, daemon=True)
+    waiting.start()
+    assert asked.wait(60)
+    reading.start()
+    reading.join(20)
+    is_read = not reading.is_alive()
+    may_come.set()
+    waiting.join()
+    assert is_read
