@@ -76,7 +76,6 @@ def examine(purpose: Purpose, *, build: bool = False) -> Report:
         software.compiled(list(purpose.builders), build=build),
         *_quick(purpose, gpu=gpu),
         shared_memory.leftovers(),
-        host.locked_memory(nvme=purpose.nvme_dir is not None),
         host.memory(),
         host.environment_file(),
         speed.memory(speeds=speeds),
@@ -101,8 +100,7 @@ def quick(loaded: Loaded, *, hosts: int = 1) -> list[Finding]:
         hosts: that train together.
     """
     gpu = loaded.run.engine.device != "cpu" and operators.num_gpus() > 0
-    ranks = -(-(loaded.run.launch.ranks or 0) // hosts)
-    return _quick(Purpose(str(loaded.run.run_path), ranks=ranks, hosts=hosts), gpu=gpu)
+    return _quick(purpose_of(loaded, hosts=hosts), gpu=gpu)
 
 
 def refuse_unfit(loaded: Loaded, *, hosts: int = 1) -> None:
@@ -130,6 +128,7 @@ def _quick(purpose: Purpose, *, gpu: bool) -> list[Finding]:
         host.open_files(),
         host.own_name(hosts=purpose.hosts),
         host.disk(Path(purpose.run_dir)),
+        host.locked_memory(nvme=purpose.nvme_dir is not None),
     ]
 
 

@@ -120,11 +120,16 @@ def test_few_open_files(limit, state):
     assert finding.state == state and (state == "pass" or "nofile" in finding.remedy)
 
 
-def test_little_memory_may_be_locked():
-    drop = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"] if os.geteuid() == 0 else []
-    if drop and shutil.which("setpriv") is None:
+def _without_the_right_to_lock() -> list[str]:
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
         pytest.skip("root is above the limit, and there is no setpriv to take that away")
-    machine = Machine(limits=[(resource.RLIMIT_MEMLOCK, 64 << 10)], start=drop)
+    return ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+
+
+def test_little_memory_may_be_locked():
+    machine = Machine(limits=[(resource.RLIMIT_MEMLOCK, 64 << 10)], start=_without_the_right_to_lock())
     _broken(machine.find("host.locked_memory(nvme=True)"), "64.0 KiB", "NVMe offload", "ulimit -l unlimited", state="warn")
     assert machine.find("host.judge_locked_memory(65536, exempt=False, needed_by=[])").state == "pass"
 
@@ -308,19 +313,29 @@ def test_a_control_group_with_little_memory(tmp_path):
     assert host.cgroup_limit(tmp_path, tmp_path / "groups") == 1 << 30
 
 
+def _run_file(folder: Path, **more: object) -> Path:
+    values = {
+        "run_dir": str(folder / "run"),
+        "data": {"dir": str(folder / "data"), "train": {"builtin": "python-qa"}, "train_tokenizer": {}},
+        "model": {"architecture": {"model_type": "gpt2"}},
+        "train": {"steps": 1, "global_batch_rows": 2},
+        "launch": {"ranks": 2},
+    }
+    (folder / "run.yaml").write_text(json.dumps(values | more))
+    return folder / "run.yaml"
+
+
+def test_launch_warns_of_little_memory_to_lock_where_the_run_offloads_to_nvme(tmp_path):
+    """Left alone, DeepSpeed ends in a segmentation fault."""
+    path = _run_file(tmp_path, engine={"deepspeed": "zero3_offload_nvme", "nvme_dir": str(tmp_path / "nvme")})
+    limits = [(resource.RLIMIT_NOFILE, 128), (resource.RLIMIT_MEMLOCK, 64 << 10)]
+    done = Machine(limits=limits, start=_without_the_right_to_lock()).run(sys.executable, "-m", "harness", "launch", path)
+    told = done.stdout + done.stderr
+    assert done.returncode == 2 and "warning: locked memory: Only 64.0 KiB may be locked, and NVMe offload locks" in told, told
+
+
 def test_launch_refuses_a_machine_that_would_break_the_run(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        json.dumps(
-            {
-                "run_dir": str(tmp_path / "run"),
-                "data": {"dir": str(tmp_path / "data"), "train": {"builtin": "python-qa"}, "train_tokenizer": {}},
-                "model": {"architecture": {"model_type": "gpt2"}},
-                "train": {"steps": 1, "global_batch_rows": 2},
-                "launch": {"ranks": 2},
-            }
-        )
-    )
-    done = Machine(limits=[(resource.RLIMIT_NOFILE, 128)]).run(sys.executable, "-m", "harness", "launch", tmp_path / "run.yaml")
+    done = Machine(limits=[(resource.RLIMIT_NOFILE, 128)]).run(sys.executable, "-m", "harness", "launch", _run_file(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "open files: A process may open 128 files" in done.stderr and "remedy:" in done.stderr and not (tmp_path / "run").exists()
 
@@ -341,4 +356,4 @@ found = machine.quick(loaded)
 print(time.perf_counter() - began, [one.state for one in found], [name for name in ("torch", "deepspeed", "numpy") if name in sys.modules])
 """
     done = Machine().run(sys.executable, "-c", code)
-    assert done.stdout.endswith("['pass', 'pass', 'pass', 'pass'] []\n") and float(done.stdout.split()[0]) < 0.5, done
+    assert done.stdout.endswith("['pass', 'pass', 'pass', 'pass', 'pass'] []\n") and float(done.stdout.split()[0]) < 0.5, done
