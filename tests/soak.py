@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, REPOSITORY)
     os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
 
-from harness.checkpoint.commit import committed
+from harness.checkpoint.shelf import committed
 from harness.formats import ledger
 from harness.formats.outcome import last_step
 from harness.review.goodput import Goodput, goodput

@@ -1,11 +1,10 @@
-"""When a checkpoint is real: written aside, digested, renamed, marked last; and which of several holds."""
+"""When a checkpoint is real: written aside, digested, renamed, marked last."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,30 +17,19 @@ from typing import TYPE_CHECKING, Any
 from harness import distributed
 from harness.checkpoint import certificate
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.shelf import MARKER, checkpoints_folder, committed, folder_name
 from harness.errors import Failure
-from harness.files import digest_file, sync_folder, write_text
+from harness.files import sync_folder, write_text
 from harness.formats.certificate import Certificate
-from harness.formats.manifest import (
-    Manifest,
-    ManifestError,
-    SliceFile,
-    coverage_problems,
-    part_name,
-    parts,
-    read_manifest,
-    write_manifest,
-)
+from harness.formats.manifest import Manifest, SliceFile, coverage_problems, part_name, write_manifest
 from harness.formats.tensor_file import TensorEntry, write_tensors
-from harness.log import say
 from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
     from harness.engine.slices import SliceGroup
 
-MARKER = "latest"
 BYTES_PER_PARAMETER = 12
-_COMMITTED = re.compile(r"step-(\d{6,})$")
 _LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
@@ -56,25 +44,6 @@ class Written:
 
 Answer = tuple[Written | None, str]
 """What a rank wrote, or why it could not."""
-
-
-def checkpoints_folder(run_dir: Path) -> Path:
-    """Where the checkpoints of a run are."""
-    return Path(run_dir) / "checkpoints"
-
-
-def folder_name(step: int) -> str:
-    """`400` -> `step-000400`."""
-    return f"step-{step:06d}"
-
-
-def committed(run_dir: Path) -> list[tuple[int, Path]]:
-    """Step and folder of every committed checkpoint, newest first; whether they hold is not looked at."""
-    folder = checkpoints_folder(run_dir)
-    matches = (
-        [(_COMMITTED.match(path.name), path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    )
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 def save(
@@ -259,125 +228,3 @@ def publish(aside: Path, folder: Path) -> None:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES if find_spec(name)}}
-
-
-def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
-    """Whether a checkpoint holds: its manifest, and every reason against it (an empty list when it does hold).
-
-    Reads every byte of the files; sizes are looked at first. Files of other hosts' disks are not looked for (`absent_parts`).
-    """
-    try:
-        manifest = read_manifest(folder)
-    except ManifestError as error:
-        return None, [str(error)]
-    here = parts(folder, manifest)
-    if not here:
-        return manifest, [f"no {part_name(0)} or other file says whose part it is"]
-    files = [entry for entry in manifest.files if entry.disk in here]
-    problems = [text for text in (_size_problem(folder, entry) for entry in files) if text]
-    if not problems:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), files) if text]
-    return manifest, problems or coverage_problems(manifest.parameters, manifest.files)
-
-
-def _size_problem(folder: Path, entry: SliceFile) -> str:
-    path = folder / entry.file
-    if not path.is_file():
-        return f"{entry.file} is missing"
-    size = path.stat().st_size
-    return "" if size == entry.bytes else f"{entry.file} has {size} bytes instead of {entry.bytes}"
-
-
-def _digest_problem(folder: Path, entry: SliceFile) -> str:
-    try:
-        return (
-            "" if digest_file(folder / entry.file) == entry.digest else f"{entry.file} was changed since it was written"
-        )
-    except OSError as error:
-        return f"{entry.file} cannot be read: {error}"
-
-
-def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, Manifest] | None, list[str]]:
-    """The newest checkpoint that holds. One rank calls it.
-
-    Args:
-        run_dir: the run's folder.
-        set_aside: rename what is damaged to `*.damaged`, so that it is not looked at again; nothing is deleted.
-
-    Returns:
-        folder and manifest, or None; and why each newer one, finished or not, was passed over.
-    """
-    if set_aside:
-        restore_replaced(run_dir)
-    skipped = [f"{path.name} was not finished" for path in leftovers(run_dir)]
-    for _, folder in committed(run_dir):
-        manifest, problems = inspect(folder)
-        if manifest is not None and not problems:
-            return (folder, manifest), skipped
-        reason = "; ".join(problems[:3])
-        skipped.append(
-            f"{folder.name} is damaged: {reason}" + (f"; now {put_aside(folder).name}" if set_aside else "")
-        )
-    return None, skipped
-
-
-def has_damaged(run_dir: Path) -> bool:
-    """Whether checkpoints were found damaged, now or before: without a good one, a start would begin anew unasked."""
-    folder = checkpoints_folder(run_dir)
-    return folder.is_dir() and any(folder.glob("step-*.damaged*"))
-
-
-def put_aside(folder: Path, why: str = "damaged") -> Path:
-    """Rename a checkpoint, so that it is not looked at again, and give its new place."""
-    number, target = 1, folder.with_name(f"{folder.name}.{why}")
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"{folder.name}.{why}-{number}")
-    os.rename(folder, target)
-    sync_folder(folder.parent)
-    return target
-
-
-def leftovers(run_dir: Path) -> list[Path]:
-    """What saves that did not end have left."""
-    return sorted(checkpoints_folder(run_dir).glob("step-*.tmp-*"))
-
-
-def restore_replaced(run_dir: Path) -> None:
-    """Give a checkpoint its name back, of which a save of the same step was killed between its two renames."""
-    for path in checkpoints_folder(run_dir).glob("step-*.replaced"):
-        if not path.with_suffix("").exists():
-            os.rename(path, path.with_suffix(""))
-
-
-def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_every_steps: int | None = None) -> list[Path]:
-    """Delete all but the newest checkpoints and the best, and what unfinished saves left. One rank of each disk, between saves.
-
-    What cannot be deleted is told and left.
-
-    Args:
-        run_dir: the run's folder.
-        keep_last: how many of the newest stay, at least one.
-        best_step: step of one that stays whatever its age.
-        keep_every_steps: checkpoints of steps that this divides stay for good.
-
-    Returns:
-        the checkpoints that are gone.
-    """
-    gone = []
-    for position, (step, folder) in enumerate(committed(run_dir)):
-        for_good = keep_every_steps is not None and step % keep_every_steps == 0
-        if position >= max(1, keep_last) and step != best_step and not for_good:
-            try:
-                os.rename(folder, folder.with_name(f"{folder.name}.deleting"))
-            except OSError as error:
-                say(f"The old checkpoint {folder.name} cannot be deleted: {error}")
-                continue
-            gone.append(folder)
-    folder = checkpoints_folder(run_dir)
-    for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *folder.glob("step-*.fetched"), *leftovers(run_dir)]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f".{MARKER}.*.tmp"):
-        path.unlink(missing_ok=True)
-    return gone

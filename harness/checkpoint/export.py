@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.commit import checkpoints_folder, folder_name, inspect, newest_good
 from harness.checkpoint.disks import refuse_part
 from harness.checkpoint.read import SliceReader
+from harness.checkpoint.shelf import best, checkpoints_folder, folder_name, inspect, newest_good
 from harness.errors import Refused
 from harness.files import read_json, sync_folder, write_json
 from harness.formats.manifest import FILE_NAME, Manifest
 from harness.formats.tensor_file import ITEM_BYTES, TensorEntry, write_tensors
+from harness.log import say
 
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -120,15 +121,18 @@ def _holding(folder: Path) -> tuple[Path, Manifest]:
 
 
 def _best(run_dir: Path, newest: Manifest) -> tuple[Path, Manifest]:
-    """The checkpoint of the lowest evaluation loss, as the newest one remembers it."""
-    folder = checkpoints_folder(run_dir) / folder_name(int(newest.state.get("best_step") or 0))
-    if not folder.is_dir():
+    """The checkpoint of the lowest evaluation loss, as the newest one remembers it, or of the lowest among those that are there."""
+    wanted = int(newest.state.get("best_step") or 0)
+    step = best(run_dir, wanted)
+    if step is None:
         raise Refused(
             "The run kept no best checkpoint.",
-            where=str(folder),
+            where=str(checkpoints_folder(run_dir)),
             remedy="Leave `best` out to export the newest, or set `checkpoint.keep_best`.",
         )
-    return _holding(folder)
+    if step != wanted:
+        say(f"The evaluation of step {wanted} was the best, and there is no checkpoint of it; the best of those that are there is of step {step}.")
+    return _holding(checkpoints_folder(run_dir) / folder_name(step))
 
 
 def _trained_dtype(manifest: Manifest) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.commit import checkpoints_folder, committed, folder_name, has_damaged, inspect, leftovers, publish, put_aside, restore_replaced
+from harness.checkpoint.commit import publish
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.shelf import checkpoints_folder, committed, folder_name, has_damaged, inspect, leftovers, put_aside, restore_replaced
 from harness.errors import Refused
 from harness.files import digest_file
 from harness.formats.manifest import FILE_NAME, Manifest, absent_parts, parse_manifest

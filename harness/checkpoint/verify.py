@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import safe_open
 
 from harness.checkpoint import certificate
-from harness.checkpoint.commit import checkpoints_folder, committed, inspect
 from harness.checkpoint.disks import refuse_part
+from harness.checkpoint.shelf import checkpoints_folder, committed, inspect
 from harness.errors import Refused
 from harness.formats.certificate import Certificate, Seal
 from harness.formats.manifest import KINDS, Manifest, SliceFile

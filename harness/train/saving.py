@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed, memory
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.checkpoint.background import Behind, Snapshot
 from harness.checkpoint.disks import Disks
 from harness.config.deepspeed import offload_device
@@ -262,6 +262,6 @@ def _lacking(host: str, ranks: list[tuple[int, float]]) -> str:
 
 def _clean(run_dir: Path, kept: dict[str, Any]) -> None:
     try:
-        commit.retain(run_dir, **kept)
+        shelf.retain(run_dir, **kept)
     except OSError as error:
         say(f"Old checkpoints cannot be deleted: {error}")

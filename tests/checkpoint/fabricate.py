@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.checkpoint.disks import Disks
 from harness.engine.holdings import Slice, SliceGroup
 from harness.formats.manifest import KINDS
@@ -74,7 +74,7 @@ def save_as_ranks(
     **others: Any,
 ) -> Path:
     """Commit a checkpoint as `ranks` ranks would have written it."""
-    folder = commit.checkpoints_folder(run_dir) / commit.folder_name(step)
+    folder = shelf.checkpoints_folder(run_dir) / shelf.folder_name(step)
     aside = folder.with_name(f"{folder.name}.tmp-1")
     written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
     manifest = commit._manifest(fields(step, shapes, **others), written, World(size=ranks), Disks.shared(World(size=ranks)))

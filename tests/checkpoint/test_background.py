@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from harness import memory
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.checkpoint.background import Behind, Snapshot
 from harness.world import World
 from tests.checkpoint.fabricate import fields, groups, save, state
@@ -20,12 +20,12 @@ def test_a_copy_keeps_what_it_copied_and_its_memory_is_used_again(tmp_path):
     tensors, snapshot = state(), Snapshot()
     copies = snapshot.take(groups(tensors, rank=0, ranks=1))
     buffers = [buffer.data_ptr() for buffer in snapshot._buffers]
-    expected = [entry.digest for entry in commit.inspect(save(tmp_path / "plain", 1, tensors=state()))[0].files]
+    expected = [entry.digest for entry in shelf.inspect(save(tmp_path / "plain", 1, tensors=state()))[0].files]
     for held in tensors.values():
         for tensor in held.values():
             tensor.add_(1.0)
     folder = commit.save(copies, run_dir=tmp_path, fields=fields(1), attempt=1, world=World())
-    assert [entry.digest for entry in commit.inspect(folder)[0].files] == expected
+    assert [entry.digest for entry in shelf.inspect(folder)[0].files] == expected
     again = snapshot.take(groups(tensors, rank=0, ranks=1))
     assert [buffer.data_ptr() for buffer in snapshot._buffers] == buffers
     assert torch.equal(again[0].tensors["master"]["wte.weight"], tensors["master"]["wte.weight"])
@@ -50,18 +50,18 @@ def test_what_a_thread_does_is_seen_when_it_is_over():
 def test_an_old_checkpoint_that_cannot_be_renamed_is_told_and_left(tmp_path, monkeypatch, capsys):
     for step in (10, 20, 30):
         save(tmp_path, step)
-    rename = commit.os.rename
+    rename = shelf.os.rename
 
     def refuse(source, target):
         if Path(source).name == "step-000010":
             raise OSError(30, "Read-only file system")
         rename(source, target)
 
-    monkeypatch.setattr(commit.os, "rename", refuse)
+    monkeypatch.setattr(shelf.os, "rename", refuse)
     told: list[str] = []
-    monkeypatch.setattr(commit, "say", told.append)
-    gone = commit.retain(tmp_path, keep_last=1)
-    assert [path.name for path in gone] == ["step-000020"] and [step for step, _ in commit.committed(tmp_path)] == [30, 10]
+    monkeypatch.setattr(shelf, "say", told.append)
+    gone = shelf.retain(tmp_path, keep_last=1)
+    assert [path.name for path in gone] == ["step-000020"] and [step for step, _ in shelf.committed(tmp_path)] == [30, 10]
     assert told == ["The old checkpoint step-000010 cannot be deleted: [Errno 30] Read-only file system"]
 
 

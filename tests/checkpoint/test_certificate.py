@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.checkpoint.fabricate import SHAPES, save, save_as_ranks, state
 
-from harness.checkpoint import certificate, commit
+from harness.checkpoint import certificate, shelf
 from harness.checkpoint.verify import verify
 from harness.cli.main import main
 from harness.errors import Refused
@@ -33,7 +33,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
     num_bytes, digest = write_tensors(folder / entry.file, entries, tensors.values())
     files = (entry.model_copy(update={"bytes": num_bytes, "digest": digest}), *manifest.files[1:])
     write_manifest(folder, manifest.model_copy(update={"files": files}))
-    assert commit.inspect(folder)[1] == []
+    assert shelf.inspect(folder)[1] == []
 
 
 def swap_moments(tensors: Tensors) -> None:

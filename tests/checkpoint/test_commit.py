@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.checkpoint.fabricate import SHAPES, fields, groups, save, state
+from tests.checkpoint.fabricate import SHAPES, fields, groups, save, save_as_ranks, state
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.errors import Failure
 from harness.files import digest_file, digest_text
 from harness.formats.manifest import FILE_NAME, ManifestError, coverage_problems, read_manifest
@@ -19,7 +19,7 @@ from harness.world import World
 
 
 def _newest_step(run_dir: Path) -> int | None:
-    found, _ = commit.newest_good(run_dir)
+    found, _ = shelf.newest_good(run_dir)
     return found[1].step if found else None
 
 
@@ -29,7 +29,7 @@ def _first_file(folder: Path) -> Path:
 
 def test_saved_checkpoint_holds_and_says_where_the_run_stood(tmp_path):
     folder = save(tmp_path, 400)
-    manifest, problems = commit.inspect(folder)
+    manifest, problems = shelf.inspect(folder)
     assert problems == [] and folder.name == "step-000400"
     assert (manifest.step, manifest.rows_consumed, manifest.adam_step, manifest.world_size) == (400, 3200, 9, 1)
     assert manifest.parameters["wte.weight"].shape == (7, 5)
@@ -43,14 +43,14 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
         10, metrics={"eval/loss": float("inf"), "eval/perplexity": float("nan")}, state={"best_loss": float("inf")}
     )
     folder = commit.save(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
-    manifest, problems = commit.inspect(folder)
+    manifest, problems = shelf.inspect(folder)
     assert problems == [] and manifest.metrics["eval/loss"] == manifest.state["best_loss"] == float("inf")
     assert manifest.metrics["eval/perplexity"] != manifest.metrics["eval/perplexity"]
 
 
 def test_no_checkpoints_is_no_error(tmp_path):
-    assert commit.newest_good(tmp_path) == (None, [])
-    assert not commit.has_damaged(tmp_path)
+    assert shelf.newest_good(tmp_path) == (None, [])
+    assert not shelf.has_damaged(tmp_path)
 
 
 def _truncate(folder):
@@ -85,24 +85,24 @@ def test_damage_falls_back_to_the_one_before_and_keeps_the_evidence(tmp_path, da
     save(tmp_path, 10)
     newest = save(tmp_path, 20)
     damage(newest)
-    found, skipped = commit.newest_good(tmp_path)
+    found, skipped = shelf.newest_good(tmp_path)
     assert found[1].step == 10
     assert len(skipped) == 1 and reason in skipped[0] and "step-000020" in skipped[0]
     assert newest.with_name("step-000020.damaged").is_dir() and not newest.exists()
-    assert commit.has_damaged(tmp_path)
+    assert shelf.has_damaged(tmp_path)
 
 
 def test_looking_without_setting_aside_changes_nothing(tmp_path):
     newest = save(tmp_path, 20)
     _flip_bit(newest)
-    found, skipped = commit.newest_good(tmp_path, set_aside=False)
+    found, skipped = shelf.newest_good(tmp_path, set_aside=False)
     assert found is None and len(skipped) == 1 and newest.is_dir()
 
 
 def test_the_same_step_damaged_twice_keeps_both(tmp_path):
     for _ in range(2):
         _flip_bit(save(tmp_path, 20))
-        commit.newest_good(tmp_path)
+        shelf.newest_good(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.damaged*")} == {
         "step-000020.damaged",
         "step-000020.damaged-2",
@@ -122,7 +122,7 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path):
 
     with pytest.raises(Killed):
         commit.save(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
-    found, skipped = commit.newest_good(tmp_path)
+    found, skipped = shelf.newest_good(tmp_path)
     assert found[1].step == 10 and skipped == ["step-000020.tmp-3 was not finished"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010\n"
 
@@ -160,8 +160,8 @@ def test_killed_between_the_two_renames_of_a_second_save_loses_nothing(tmp_path,
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    before = {entry.digest for entry in commit.inspect(save(tmp_path, 10))[0].files}
-    after = {entry.digest for entry in commit.inspect(save(tmp_path, 10, tensors=state(seed=5)))[0].files}
+    before = {entry.digest for entry in shelf.inspect(save(tmp_path, 10))[0].files}
+    after = {entry.digest for entry in shelf.inspect(save(tmp_path, 10, tensors=state(seed=5)))[0].files}
     assert before != after and len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(Failure, match=r"step 20 was not saved; the one before it stands.\n  1 more checkpoints of .* are free"):
         save(tmp_path, 20)
-    assert sorted(path.name for path in first.parent.iterdir()) == ["latest", "step-000010"] and commit.inspect(first)[1] == []
+    assert sorted(path.name for path in first.parent.iterdir()) == ["latest", "step-000010"] and shelf.inspect(first)[1] == []
     parameters = {name: {"shape": shape} for name, shape in SHAPES.items()}
     monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage._replace(free=2 * needed))
     assert commit.room_problem(tmp_path, parameters, checkpoints=3) == "", "one of the three is there already"
@@ -199,7 +199,7 @@ def test_a_parameter_that_is_not_stored_whole_is_not_committed(tmp_path):
 
 
 def test_overlaps_and_unknown_names_are_problems(tmp_path):
-    manifest, _ = commit.inspect(save(tmp_path, 10))
+    manifest, _ = shelf.inspect(save(tmp_path, 10))
     assert any("stored twice" in text for text in coverage_problems(manifest.parameters, manifest.files * 2))
     fewer = {name: entry for name, entry in manifest.parameters.items() if name != "h.bias"}
     assert any("unknown parameter h.bias" in text for text in coverage_problems(fewer, manifest.files))
@@ -215,10 +215,10 @@ def test_a_manifest_of_version_1_is_read(tmp_path):
     content["version"] = 1
     digest = digest_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
     (folder / "manifest.json").write_text(json.dumps({"digest": digest, **content}))
-    manifest, problems = commit.inspect(folder)
+    manifest, problems = shelf.inspect(folder)
     assert problems == [] and manifest.disks == () and manifest.version == 1
     (folder / manifest.files[0].file).unlink()
-    assert commit.inspect(folder)[1] == [f"{manifest.files[0].file} is missing"]
+    assert shelf.inspect(folder)[1] == [f"{manifest.files[0].file} is missing"]
 
 
 def test_a_later_version_is_not_read(tmp_path, monkeypatch):
@@ -234,8 +234,8 @@ def test_retention_keeps_the_newest_and_the_best_and_clears_leftovers(tmp_path):
     (tmp_path / "checkpoints" / "step-000045.tmp-1").mkdir()
     damaged = tmp_path / "checkpoints" / "step-000044.damaged"
     damaged.mkdir()
-    gone = commit.retain(tmp_path, keep_last=2, best_step=20)
-    assert [step for step, _ in commit.committed(tmp_path)] == [50, 40, 20]
+    gone = shelf.retain(tmp_path, keep_last=2, best_step=20)
+    assert [step for step, _ in shelf.committed(tmp_path)] == [50, 40, 20]
     assert [path.name for path in gone] == ["step-000030", "step-000010"]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest", "step-000050", "step-000040", "step-000020", damaged.name}
@@ -255,5 +255,16 @@ def test_manifest_is_readable_by_eye_and_without_torch(tmp_path):
 def test_steps_that_are_kept_for_good_outlive_retention(tmp_path):
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step)
-    commit.retain(tmp_path, keep_last=1, keep_every_steps=20)
-    assert [step for step, _ in commit.committed(tmp_path)] == [50, 40, 20]
+    shelf.retain(tmp_path, keep_last=1, keep_every_steps=20)
+    assert [step for step, _ in shelf.committed(tmp_path)] == [50, 40, 20]
+
+
+def test_while_the_newest_best_could_not_be_saved_the_one_before_it_stays(tmp_path):
+    """Its evaluation counts as the run's best, and there is no checkpoint of it."""
+    for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (50, 2.6), (60, None)):
+        save_as_ranks(tmp_path, state(), ranks=1, step=step, metrics={} if loss is None else {"eval/loss": loss})
+    assert shelf.best(tmp_path, 40) == 20 and shelf.best(tmp_path, 30) == 30
+    shelf.retain(tmp_path, keep_last=1, best_step=40)
+    assert [step for step, _ in shelf.committed(tmp_path)] == [60, 20]
+    (tmp_path / "checkpoints" / "step-000020" / FILE_NAME).write_text("{")
+    assert shelf.best(tmp_path, 40) is None

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tests.checkpoint.fabricate import SHAPES, save_as_ranks, state
 
-from harness.checkpoint import commit, read
+from harness.checkpoint import read, shelf
 from harness.errors import Failure
 from harness.formats.manifest import KINDS
 
 
 def _reader(folder):
-    manifest, problems = commit.inspect(folder)
+    manifest, problems = shelf.inspect(folder)
     assert problems == []
     return read.SliceReader(folder, manifest)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint import commit, read
+from harness.checkpoint import commit, read, shelf
 from harness.config.schema import RunFile
 from harness.errors import CheckFailed
 from harness.formats.manifest import read_manifest
@@ -91,7 +91,7 @@ def first_leg(folder: str, precision: str = "fp32") -> None:
 
 def resume(seen: Witness, fault: str = "") -> str:
     """Load the first checkpoint, plant a fault, and give what the check says."""
-    folder = Path(seen.run.run_path) / "checkpoints" / commit.folder_name(STEPS)
+    folder = Path(seen.run.run_path) / "checkpoints" / shelf.folder_name(STEPS)
     manifest = read_manifest(folder)
     reader = read.SliceReader(folder, manifest)
     twins = {f"transformer.h.{block}.mlp.c_fc.weight": f"transformer.h.{1 - block}.mlp.c_fc.weight" for block in (0, 1)}
@@ -143,7 +143,7 @@ def resume_and_save(folder: str, name: str, stages: int, step: int, precision: s
 def test_another_topology_finds_the_same(saved, ranks1, ranks2, ranks, name, stages, step):
     """Loaded elsewhere it passes, and is certified there in the same words."""
     assert {1: ranks1, 2: ranks2}[ranks].run(resume_and_save, str(saved), name, stages, step) == [""] * ranks
-    before, after = (read_manifest(saved / "run" / "checkpoints" / commit.folder_name(number)).certificate for number in (STEPS, step))
+    before, after = (read_manifest(saved / "run" / "checkpoints" / shelf.folder_name(number)).certificate for number in (STEPS, step))
     assert (after.adam_step, after.groups, after.rows) == (before.adam_step, before.groups, before.rows)
     assert after.probe.loss == pytest.approx(before.probe.loss, rel=1e-6) and after.probe.tokens == before.probe.tokens > 0
     for parameter, kinds in before.tensors.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint import commit
+from harness.checkpoint import shelf
 from harness.checkpoint.disks import find
 from harness.checkpoint.verify import verify
 from harness.errors import Refused
@@ -63,7 +63,7 @@ def test_ranks_find_out_who_shares_a_disk(ranks4, tmp_path, places, hosts, leade
 
 
 def steps(place: str) -> list[int]:
-    return [step for step, _ in commit.committed(Path(place))]
+    return [step for step, _ in shelf.committed(Path(place))]
 
 
 def test_each_disk_keeps_its_part_and_nothing_is_brought_where_the_shape_stays(base, whole, ranks2, places, tmp_path):
@@ -75,7 +75,7 @@ def test_each_disk_keeps_its_part_and_nothing_is_brought_where_the_shape_stays(b
     assert names == [[f"disk-{n}", "manifest.json", f"rank-0000{n}-000.safetensors"] for n in (0, 1)]
     assert read_manifest(folders[0]) == read_manifest(folders[1]) and read_manifest(folders[0]).disks == ("h0", "h1")
     for folder, other in zip(folders, ("h1", "h0"), strict=True):
-        assert commit.inspect(folder)[1] == [], "a part holds"
+        assert shelf.inspect(folder)[1] == [], "a part holds"
         with pytest.raises(Refused, match=f"1 of the 2 files of this checkpoint are on the disks of other hosts: {other}.") as refused:
             verify(folder.parent.parent)
         assert "Copy their checkpoints/step-000008 folders together" in str(refused.value)

@@ -15,14 +15,14 @@ SLOW = pytest.mark.slow
 def leg(run_dir: str, name: str, stages: int, first: int, last: int, dropout: float) -> list[float]:
     """Open an engine, go on from the checkpoint in `run_dir` when there is one, train steps `first` to `last`, save; the losses."""
     from harness import distributed
-    from harness.checkpoint import commit, read
+    from harness.checkpoint import commit, read, shelf
     from harness.testing.models import VOCABULARY
     from harness.testing.rows import cut, random_rows
     from harness.world import Grid, World
 
     grid = Grid(stages, distributed.size(), distributed.rank())
     engine = opened(name, "gpt2", stages=stages, dropout=dropout)
-    found, _ = commit.newest_good(Path(run_dir))
+    found, _ = shelf.newest_good(Path(run_dir))
     if found:
         engine.load_slices(read.SliceReader(*found).read, step=found[1].adam_step)
     losses = []

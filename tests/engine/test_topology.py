@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.checkpoint import commit
+from harness.checkpoint import shelf
 from harness.formats.manifest import KINDS, read_manifest
 from tests.engine.journey import STEPS, Leg, journey, prepare_data, tensors, travel
 
@@ -61,7 +61,7 @@ def assert_goes_on(run_dir, legs, whole) -> None:
     assert [lr for leg in legs for lr in leg.lrs] == lrs[:count] and len(set(lrs[:count])) >= count - 1, "the learning rate moves"
     for leg in legs[1:]:
         assert any(text.startswith(SAME) for text in leg.said), leg.said
-    ours, theirs = (commit.checkpoints_folder(folder) / commit.folder_name(count) for folder in (run_dir, whole_dir))
+    ours, theirs = (shelf.checkpoints_folder(folder) / shelf.folder_name(count) for folder in (run_dir, whole_dir))
     mine, other = read_manifest(ours), read_manifest(theirs)
     assert (mine.rows_consumed, mine.adam_step, mine.state) == (other.rows_consumed, other.adam_step, other.state)
     assert mine.certificate.groups == other.certificate.groups and mine.certificate.rows == other.certificate.rows is not None

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from harness.checkpoint import commit
+from harness.checkpoint import shelf
 from tests.end_to_end.faults import assert_same, events, launched
 from tests.faults import cases
 from tests.faults.cases import Damage, rows
@@ -34,7 +34,7 @@ def _journals(newest: Path) -> None:
 
 
 def _all(newest: Path) -> None:
-    for _, folder in commit.committed(newest.parents[1]):
+    for _, folder in shelf.committed(newest.parents[1]):
         _flip(_first_file(folder))
 
 
@@ -42,7 +42,7 @@ DAMAGES = {
     "truncated": lambda newest: _cut(_first_file(newest), by=4),
     "bit-flipped": lambda newest: _flip(_first_file(newest)),
     "missing": lambda newest: _first_file(newest).unlink(),
-    "marker": lambda newest: (newest.parent / commit.MARKER).write_text("step-000400\n"),
+    "marker": lambda newest: (newest.parent / shelf.MARKER).write_text("step-000400\n"),
     "journals-cut": _journals,
     "all-damaged": _all,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.errors import Failure
 from harness.world import World
 from tests.checkpoint.fabricate import fields, groups, save, state
@@ -61,9 +61,9 @@ def test_a_disk_that_becomes_full_while_a_file_is_written(case: Case, measured, 
         with pytest.raises(Failure, match="step 20 was not saved; the one before it stands.\n.*No space left on device"):
             attempt(filling())
         assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step-000010"}
-        assert commit.newest_good(run_dir)[0][1].step == 10
+        assert shelf.newest_good(run_dir)[0][1].step == 10
         (run_dir / "filler").unlink()
-        assert commit.inspect(attempt(groups(tensors, rank=0, ranks=1, shapes=SHAPES)))[1] == []
+        assert shelf.inspect(attempt(groups(tensors, rank=0, ranks=1, shapes=SHAPES)))[1] == []
 
 
 @rows(cases.FULL_SAVE, cases.FULL_RUN)

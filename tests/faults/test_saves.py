@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoint import commit
+from harness.checkpoint import shelf
 from tests.checkpoint.fabricate import save, state
 from tests.faults import cases
 from tests.faults.cases import Boundary, rows
@@ -50,7 +50,7 @@ def _arm(module: object, name: str, left: list[int], *, before: bool) -> None:
 
 def _save_and_retain(run_dir: Path, step: int) -> None:
     save(run_dir, step, tensors=state(seed=99))
-    commit.retain(run_dir, keep_last=2)
+    shelf.retain(run_dir, keep_last=2)
 
 
 @rows(*cases.BOUNDARIES)
@@ -64,9 +64,9 @@ def test_a_save_that_dies_anywhere_leaves_one_that_holds(case: Boundary, measure
         count += 1
         run_dir = shutil.copytree(base, tmp_path / f"{count}")
         died = _dies_at(count, case, lambda run_dir=run_dir: _save_and_retain(run_dir, step))
-        found, skipped = commit.newest_good(run_dir)
+        found, skipped = shelf.newest_good(run_dir)
         assert found is not None and found[1].step in kept, (count, skipped)
-        assert not commit.has_damaged(run_dir), (count, skipped)
+        assert not shelf.has_damaged(run_dir), (count, skipped)
         _save_and_retain(run_dir, 50)
         assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step-000050", f"step-{found[1].step:06d}"}, count
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-000050\n"

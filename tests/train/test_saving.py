@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint import commit
+from harness.checkpoint import commit, shelf
 from harness.checkpoint.disks import Disks
 from harness.config.schema import RunFile
 from harness.errors import Failure, StopRequested
@@ -150,7 +150,7 @@ def held_back(base: str, run_dir: str, name: str, asynchronous: bool) -> tuple[b
         if step in (6, 8):
             seen[step] = work.masters(trainer.engine)
         if step == 8:
-            assert asynchronous != bool(commit.committed(Path(run_dir)))
+            assert asynchronous != bool(shelf.committed(Path(run_dir)))
             gate.set()
 
     trainer = train(base, run_dir, 9, before, name=name, every_steps=5, asynchronous=asynchronous)
@@ -172,7 +172,7 @@ def test_the_bytes_are_those_of_the_step_though_training_went_on(base, ranks2, t
         first, second = read_manifest(plain).certificate, read_manifest(behind).certificate
         assert first.probe and second.model_copy(update={"probe": first.probe}) == first
         assert second.probe == (first.probe if step == "step-000009" else None), "training does not wait for a probe alone"
-        assert commit.inspect(behind)[1] == []
+        assert shelf.inspect(behind)[1] == []
     saves = [event for event in ledger.read(tmp_path / "behind") if event["kind"] == "save"]
     assert [event["step"] for event in saves] == [5, 9] and saves[0]["seconds"] > saves[0]["stall_seconds"] > 0
     assert saves[1]["seconds"] == saves[1]["stall_seconds"] and saves[0]["bytes"] > 0
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_no_run(base, ranks2, tmp_path):
         assert ranks2.run(fills_the_disk, str(base), str(tmp_path / "run")) == [6, 6]
         assert events(tmp_path / "run", "save", "unsaved") == [("save", 2), ("unsaved", 4), ("save", 6)]
         assert any("No space left on device" in event.get("reason", "") for event in ledger.read(tmp_path / "run"))
-        assert commit.inspect(folder / "step-000006")[1] == []
+        assert shelf.inspect(folder / "step-000006")[1] == []
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -280,7 +280,7 @@ def every_step(base: str, run_dir: str) -> list[int]:
     trainer = train(base, run_dir, 4, every_steps=1, keep_last=9)
     with Patched(slowly):
         trainer.fit()
-    there = [step for step, _ in commit.committed(Path(run_dir))]
+    there = [step for step, _ in shelf.committed(Path(run_dir))]
     close(trainer)
     return there
 
@@ -290,7 +290,7 @@ def test_a_save_that_comes_due_waits_for_the_one_before(base, ranks2, tmp_path):
     run_dir = tmp_path / "run"
     assert ranks2.run(every_step, str(base), str(run_dir)) == [[4, 3, 2, 1]] * 2
     assert events(run_dir, "save", "unsaved") == [("save", step) for step in (1, 2, 3, 4)]
-    assert all(commit.inspect(folder)[1] == [] for _, folder in commit.committed(run_dir))
+    assert all(shelf.inspect(folder)[1] == [] for _, folder in shelf.committed(run_dir))
 
 
 def stopped(base: str, run_dir: str, grace_s: float | None) -> str:
@@ -327,7 +327,7 @@ def test_a_stop_that_leaves_no_time_saves_nothing_and_says_what_stands(base, ran
         assert first.startswith(f"Stopped on request after step {steps[-1]};") and steps[-1] >= 4
     else:
         assert "without a new checkpoint, which may take " in first and f"that of step {steps[-1]} stands" in first
-    assert commit.committed(tmp_path / "run")[0][0] == steps[-1]
+    assert shelf.committed(tmp_path / "run")[0][0] == steps[-1]
 
 
 def short_of_memory(base: str, run_dir: str) -> bool:
