@@ -12,6 +12,7 @@ from tests.end_to_end.conftest import harness
 from tests.end_to_end.faults import events, running
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_that_lost_a_rank_adds_up(run_file, tmp_path):
     assert harness("prepare", run_file).code == 0
     with running(run_file, tmp_path / "run", "launch.restarts=3", "train.steps=40", "checkpoint.every_steps=5", "evaluation.every_steps=10") as it:

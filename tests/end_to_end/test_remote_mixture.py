@@ -137,6 +137,7 @@ def test_a_shard_that_is_gone_in_the_middle_ends_with_its_name(mixture_file, tmp
     assert 0 < len(losses(tmp_path / "run")) < 30, "it was in the middle"
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_with_the_difference_and_a_small_cache_before_anything(mixture_file, tmp_path, server):
     words = ["train.steps=4", "evaluation.every_steps=null", "launch.ranks=1"]
     small = harness("launch", mixture_file, *words, f"data.cache_gib={9000 / GIB}")

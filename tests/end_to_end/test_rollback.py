@@ -129,6 +129,7 @@ def test_under_every_engine_in_epochs_with_a_stop_in_between(planted, folder, en
     assert_same(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_or_too_often_it_stops(planted, folder):
     """Code 3, with the reason."""
     ended = launched(planted, folder / "none", *WORDS, "checkpoint.every_steps=null", "checkpoint.keep_best=false", code=3)

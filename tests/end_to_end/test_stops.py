@@ -51,6 +51,7 @@ def assert_goes_on(run_file: Path, run_dir: Path, whole: Path) -> None:
     assert state == expected
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_an_evaluation(run_file, whole, folder):
     """The step is saved without it, and the resumed run makes up for it."""
     run_dir = folder / "evaluation"

@@ -65,8 +65,8 @@ def _kill_after(run_file: Path, run_dir: Path, step: int, number: int, *override
 
 
 RESUMES = [
-    ("zero3_offload_cpu", 1), ("zero1", 2),
-    *(pytest.param(name, stages, marks=pytest.mark.slow) for name, stages in (("zero2", 1), ("zero3", 1), ("zero3_offload_nvme", 1), ("zero1_offload_cpu", 2))),
+    ("zero3_offload_cpu", 1),
+    *(pytest.param(name, stages, marks=pytest.mark.slow) for name, stages in (("zero1", 2), ("zero2", 1), ("zero3", 1), ("zero3_offload_nvme", 1), ("zero1_offload_cpu", 2))),
 ]
 
 
