@@ -31,14 +31,21 @@ def choose(loaded: Loaded) -> dict[str, int]:
     """The hosts of the run file's hostfile, and the ranks of each.
 
     Raises:
-        Refused: without a hostfile, or when it is wrong.
+        Refused: without a hostfile, or when it is wrong or gives another number of ranks than `launch.ranks`.
     """
     settings = loaded.run.launch.hosts
     where = f"launch.hosts.file ({loaded.origin('launch.hosts.file')})"
     if settings.file is None:
         raise Refused("Which hosts to use is not said.", where=where, remedy="Set `launch.hosts.file` to a hostfile: a line a host, `HOST slots=N`.")
     named = hostfile.read_hostfile(Path(settings.file), where=where)
-    return hostfile.choose(named, include=settings.include, exclude=settings.exclude, where=where)
+    chosen = hostfile.choose(named, include=settings.include, exclude=settings.exclude, where=where)
+    wanted, given = loaded.run.launch.ranks, sum(chosen.values())
+    if wanted not in (None, given) and settings.at_least is None:
+        raise Refused(
+            f"The run file asks for {wanted} ranks, but the slots of {', '.join(f'{host} ({slots})' for host, slots in chosen.items())} make {given}.",
+            where=f"launch.ranks ({loaded.origin('launch.ranks')}), {where}", remedy=f"Mend the slots, or set launch.ranks={given}.",
+        )
+    return chosen
 
 
 def check(loaded: Loaded, chosen: Mapping[str, int], *, run_file: str) -> dict[str, int]:

@@ -64,6 +64,17 @@ def test_a_wrong_hostfile_is_refused(tmp_path, text, message):
         hostfile.read_hostfile(path, where="launch.hosts.file")
 
 
+def test_slots_that_make_another_number_of_ranks_are_refused_before_any_host_is_asked(tmp_path):
+    (tmp_path / "hosts").write_text("h0 slots=2\nh1 slots=1\n")
+    words = [f"launch.hosts.file={tmp_path / 'hosts'}"]
+    run_file = Path(__file__).parents[2] / "launch" / "runs" / "medical_qa.yaml"
+    with pytest.raises(Refused, match=r"asks for 4 ranks, but the slots of h0 \(2\), h1 \(1\) make 3") as refused:
+        hosts.choose(load(run_file, [*words, "launch.ranks=4"]))
+    assert "launch.ranks=3" in refused.value.remedy and "launch.hosts.file" in refused.value.where
+    assert hosts.choose(load(run_file, [*words, "launch.ranks=3"])) == {"h0": 2, "h1": 1}
+    assert sum(hosts.choose(load(run_file, [*words, "launch.ranks=2", "launch.hosts.at_least=1", "launch.hosts.exclude=[h1]"])).values()) == 2
+
+
 def test_hosts_are_chosen_by_name(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("a slots=2 # old\nb\n\nc slots=4\n")
