@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,8 +192,10 @@ def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, e
     console.print(results)
     console.print(times)
     console.print(f"TensorBoard:  tensorboard --logdir {exported.parent}", highlight=False)
-    console.print("Try it:       source .venv/bin/activate", highlight=False)
-    console.print(f"              harness generate {exported} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if activate.is_file():
+        console.print(f"Try it:       source {os.path.relpath(activate)}", highlight=False, soft_wrap=True)
+    console.print(f"{'' if activate.is_file() else 'Try it:':14}harness generate {exported} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
