@@ -1,11 +1,14 @@
 """GPT-2 124M in bf16 at 1,024 tokens on one GPU: the harness beside a bare DeepSpeed loop, and what share of the peak both reach.
 
-usage: python benchmarks/gpu.py [--deepspeed NAME] [--micro-batch N] [--steps N]
+Both train the same packed rows with the same optimizer; the bare loop's attention is what transformers takes by itself.
+
+usage: python benchmarks/gpu.py [--cells NAME:MICRO_BATCH ...] [--steps N] [--profile FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -121,9 +124,9 @@ def main() -> int:
     from harness.units import format_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed", default="zero1")
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--cells", nargs="+", default=["zero1:16"], help="DeepSpeed configurations with their micro-batch")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--profile", type=Path, help="where to write the kernels of three steps of the harness in the first cell")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no GPU here.", file=sys.stderr)
@@ -131,14 +134,27 @@ def main() -> int:
     device = distributed.init(world.World(), use_gpu=True, timeout_minutes=5)
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    table = Table("loop", "tokens/s", "MFU", "step (median)", "step (wall)", "peak memory",
-                  title=f"{name}: GPT-2 124M, bf16, {LENGTH} tokens, micro-batch {arguments.micro_batch}, {arguments.deepspeed}", title_justify="left")
-    for label, loop in (("harness", harness_loop), ("bare DeepSpeed", bare_loop)):
-        result = loop(arguments.deepspeed, arguments.micro_batch, arguments.steps, device)
-        torch.cuda.empty_cache()
-        speed = arguments.micro_batch * LENGTH / result["wall"]
-        share = f"{speed * result['flops'] / peak:.1%}" if peak else "unknown device"
-        table.add_row(label, f"{speed:,.0f}", share, f"{result['median'] * 1000:.1f} ms", f"{result['wall'] * 1000:.1f} ms", format_bytes(result["memory"]))
+    table = Table("cell", "loop", "tokens/s", "MFU", "step (median)", "step (wall)", "peak memory",
+                  title=f"{name}: GPT-2 124M, bf16, {LENGTH} tokens, packed", title_justify="left")
+    for cell in arguments.cells:
+        deepspeed_name, micro_batch = cell.split(":")[0], int(cell.split(":")[1])
+        for label, loop in (("harness", harness_loop), ("bare DeepSpeed", bare_loop)):
+            try:
+                result = loop(deepspeed_name, micro_batch, arguments.steps, device)
+            except torch.OutOfMemoryError:
+                table.add_row(cell, label, "out of memory")
+                continue
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+            speed = micro_batch * LENGTH / result["wall"]
+            share = f"{speed * result['flops'] / peak:.1%}" if peak else "unknown device"
+            table.add_row(cell, label, f"{speed:,.0f}", share, f"{result['median'] * 1000:.1f} ms", f"{result['wall'] * 1000:.1f} ms", format_bytes(result["memory"]))
+    if arguments.profile:
+        deepspeed_name, micro_batch = arguments.cells[0].split(":")
+        with torch.profiler.profile() as profile:
+            harness_loop(deepspeed_name, int(micro_batch), 3, device)
+        arguments.profile.write_text(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
     Console(width=130).print(table)
     distributed.shutdown()
     return 0

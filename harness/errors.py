@@ -7,6 +7,8 @@ HarnessError
 ├── CheckFailed      4   a check that was asked for did not hold
 ├── StopRequested   75   stopped on request; the run can be resumed
 └── PeerLost        75   another rank is gone; the run can be resumed
+
+Ctrl-C ends a command that is no run with 130, as a shell has it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ EXIT_REFUSED = 2
 EXIT_ANOMALY = 3
 EXIT_CHECK_FAILED = 4
 EXIT_RESUME_ME = 75
+EXIT_INTERRUPTED = 130
 
 
 class HarnessError(Exception):

@@ -140,7 +140,7 @@ harness_install() { # REPOSITORY PINS_FILE ...: into the active environment
   log="$VIRTUAL_ENV/harness-install.log"
   : >"$log"
   for file in "$@"; do files+=(-r "$file"); done
-  mapfile -t build < <(grep -E '^(setuptools|wheel|ninja|numpy|packaging)==' "$1")
+  mapfile -t build < <(grep -hE '^(setuptools|wheel|ninja|numpy|packaging|poetry-core)==' "$@")
   harness_step "$log" "Installing build tools" python -m pip install "${build[@]}" || return 1
   harness_install_torch "$1" "$log" || return 1
   export DS_BUILD_OPS=0

@@ -8,7 +8,7 @@ import os
 import sys
 
 from harness import __version__
-from harness.errors import EXIT_REFUSED, HarnessError
+from harness.errors import EXIT_INTERRUPTED, EXIT_REFUSED, HarnessError
 
 VERBS = {
     "prepare": "raw text or conversations -> token shards with an index",
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     except HarnessError as error:
         _speak(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_REFUSED

@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.launch import operators
 
     os.environ.update(operators.environment())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the ranks have met it ends them, as SIGTERM does: looking for each other is deaf to Python's
     world = worlds.current()
     try:
         loaded = load(arguments.run_file, arguments.overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import signal
@@ -190,7 +191,7 @@ def _compile(name: str, held: int, tell: Callable[[str], None]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | environment(),
+            env=os.environ | environment() | _headers(),
             pass_fds=(held,),
             start_new_session=True,
         )
@@ -209,6 +210,14 @@ def _compile(name: str, held: int, tell: Callable[[str], None]) -> None:
                 "\n".join(filter(None, (f"DeepSpeed's operator {label} could not be built:", tail, HINTS.get(name))))
             )
     tell(f"  {label} is ready after {format_seconds(time.monotonic() - started)}")
+
+
+def _headers() -> dict[str, str]:
+    """Where a CUDA toolkit of the compiler alone lacks its libraries' headers, those that came with torch serve; its own go first."""
+    found = importlib.util.find_spec("nvidia")
+    places = [str(path) for place in (found and found.submodule_search_locations) or () for path in sorted(Path(place).glob("*/include"))]
+    given = os.environ.get("CPLUS_INCLUDE_PATH", "")  # searched after everything that the build names itself
+    return {"CPLUS_INCLUDE_PATH": os.pathsep.join(filter(None, (given, *places)))} if places else {}
 
 
 def _watch(child: subprocess.Popen[bytes], name: str, started: float, tell: Callable[[str], None]) -> None:

@@ -103,10 +103,10 @@ class Slurm:
         """What a command says on the login node."""
         return self.cluster.run(0, *words, env=self.env).stdout
 
-    def start(self, *words: object, told: Path) -> subprocess.Popen[str]:
-        """Start a command on the login node; what it prints goes into a file."""
+    def start(self, *words: object, told: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start a command on the login node, with variables of its own; what it prints goes into a file."""
         with open(told, "ab") as stream:
-            return self.cluster.start(0, *words, env=self.env, stdout=stream, stderr=subprocess.STDOUT)
+            return self.cluster.start(0, *words, env=self.env | (variables or {}), stdout=stream, stderr=subprocess.STDOUT)
 
     def job(self) -> str:
         """The number of the only job in the partition `low`; empty when there is none."""

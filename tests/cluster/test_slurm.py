@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from harness.testing.models import tiny_architecture
 
 pytestmark = pytest.mark.slow
 STEPS = 60
+INJECT = Path(__file__).parents[1] / "faults" / "inject"
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +85,20 @@ def _log(run_dir: Path) -> str:
     return "".join(path.read_text() for path in run_dir.glob("launch/slurm-*[0-9].log") if "node" not in path.name)
 
 
-def _struck(slurm: Slurm, run_file: Path, run_dir: Path, strike: Callable[[str], None], *words: str, at_step: int = 5) -> tuple[int, str]:
-    """A launch that something happens to at a step; its code, and what it told."""
-    told = run_dir.with_name("told")
+def _struck(slurm: Slurm, run_file: Path, run_dir: Path, strike: Callable[[str], None], *words: str) -> tuple[int, str]:
+    """A launch that something happens to while rank 1 stands in step 6, until Slurm has acted on it; its code, and what it told."""
+    told, place = run_dir.with_name("told"), run_dir.with_name("held")
+    place.mkdir()
+    fault = {"FAULT": f"1:backward:6:hold:{place}", "PYTHONPATH": f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}"}
     command = ["python", "-m", "harness", "launch", run_file, "--on", "slurm", *words, f"run_dir={run_dir}"]
-    with slurm.start(*command, told=told) as launch:
+    with slurm.start(*command, told=told, variables=fault) as launch:
         try:
-            slurm.until(lambda: last_step(run_dir) >= at_step or launch.poll() is not None)
+            slurm.until(lambda: (place / "struck").exists() or launch.poll() is not None)
             assert launch.poll() is None, told.read_text()
-            strike(slurm.job())
+            job = slurm.job()
+            strike(job)
+            slurm.until(lambda: "asked to stop" in _log(run_dir) or slurm("squeue", "-h", "-j", job, "-o", "%T").strip() != "RUNNING", timeout_s=90)
+            (place / "go").touch()
             return launch.wait(240), told.read_text() + _log(run_dir)
         finally:
             launch.kill()
@@ -116,18 +123,13 @@ def test_requeued_by_the_administrator(slurm, run_file, reference, tmp_path):
 
 
 def test_the_time_limit(slurm, run_file, reference, tmp_path):
-    """The limit is drawn in, and the ranks stand still until the signal before it has come; the second start has time."""
+    """The limit is drawn in until the signal before it has come; the second start has time."""
     def strike(job: str) -> None:
-        ranks = [*_ranks(slurm, 1), *_ranks(slurm, 2)]
-        for rank in ranks:
-            rank.suspend()
         slurm("scontrol", "update", f"JobId={job}", "TimeLimit=2")
         slurm.until(lambda: "asked to stop" in _log(tmp_path / "run"), timeout_s=90)
         slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-        for rank in ranks:
-            rank.resume()
 
-    code, told = _struck(slurm, run_file, tmp_path / "run", strike, "launch.slurm.grace_seconds=110", "engine.timeout_minutes=5", at_step=3)
+    code, told = _struck(slurm, run_file, tmp_path / "run", strike, "launch.slurm.grace_seconds=110", "engine.timeout_minutes=5")
     assert code == 0, told
     assert "back into the queue" in told and len(_starts(tmp_path / "run")) == 2, told
     assert_same(tmp_path / "run", reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,19 @@ def launched(run_file: Path, run_dir: Path, *words: object, code: int = 0, timeo
         found = it.child.wait(timeout=timeout_s)
         assert found == code, it.output[before:]
     return it.output
+
+
+def interrupted(whole: Path, run_dir: Path, *, after: int, newest: int) -> Path:
+    """A copy of a finished run's folder as it would be, had the run been lost after a step, with the checkpoints that stood by then."""
+    shutil.copytree(whole, run_dir)
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > after:
+            shutil.rmtree(folder)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= after))
+    (run_dir / "checkpoints" / "latest").write_text(f"step-{newest:06d}\n")
+    (run_dir / "outcome.json").unlink()
+    return run_dir
 
 
 def assert_same(run_dir: Path, reference: Path) -> None:

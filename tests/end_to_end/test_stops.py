@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from harness.formats.manifest import read_manifest
 from tests.end_to_end.faults import Running, assert_same, evaluations, events, launched, losses, running, said, write_run
 
 WORDS = ["tone", "size", "name", "rule", "form", "pace"]
+INJECT = Path(__file__).parents[1] / "faults" / "inject"
 WITHIN_S = 8.0
 """From the request until all ranks have heard it, saved and written how they ended; how long interpreters take to go is another matter."""
 
@@ -49,6 +51,18 @@ def assert_goes_on(run_file: Path, run_dir: Path, whole: Path) -> None:
     assert_same(run_dir, whole)
     state, expected = (read_manifest(place / "checkpoints" / "step-000008").state for place in (run_dir, whole))
     assert state == expected
+
+
+def test_before_the_ranks_have_met(run_file, folder, tmp_path, monkeypatch):
+    """Ctrl-C while rank 1 looks for rank 0, which is not there yet."""
+    monkeypatch.setenv("FAULT", f"0:meet:0:hold:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}")
+    run_dir = folder / "unmet"
+    with running(run_file, run_dir) as it:
+        it.until((tmp_path / "struck").exists)
+        time.sleep(3.0)  # until rank 1 has loaded its libraries and asks
+        it.strike(signal.SIGINT)
+        stopped(it)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from harness.testing.models import tiny_architecture
-from tests.end_to_end.faults import launched
+from tests.end_to_end.faults import interrupted, launched
 from tests.faults import document
 from tests.faults.left import Before
 
@@ -36,15 +35,7 @@ class Course:
 
     def interrupted(self, run_dir: Path) -> Path:
         """The folder as it would be, had the run been lost after step 12: its newest checkpoints are those of steps 10 and 5."""
-        shutil.copytree(self.run_dir, run_dir)
-        for folder in (run_dir / "checkpoints").glob("step-*"):
-            if int(folder.name.removeprefix("step-")) > CUT:
-                shutil.rmtree(folder)
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run_dir / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= CUT))
-        (run_dir / "checkpoints" / "latest").write_text("step-000010\n")
-        (run_dir / "outcome.json").unlink()
-        return run_dir
+        return interrupted(self.run_dir, run_dir, after=CUT, newest=10)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -118,10 +119,13 @@ def test_nobody_needs_to_listen(case: Case, course, fault, measured, tmp_path):
 
 
 @rows(cases.TWICE)
-def test_ctrl_c_to_one_of_two(case: Case, course, fault, measured, tmp_path):
+def test_ctrl_c_to_one_of_two(case: Case, course, fault, measured, monkeypatch, tmp_path):
     one, other, place = tmp_path / "one", tmp_path / "other", fault(1, "backward", 7)
-    with running(course.run_file, one) as struck_one, running(course.run_file, other) as spared:
+    with contextlib.ExitStack() as both:
+        struck_one = both.enter_context(running(course.run_file, one))
         struck_one.until((place / "struck").exists)
+        monkeypatch.delenv("FAULT")  # only the first stands still
+        spared = both.enter_context(running(course.run_file, other))
         wait(lambda: len(losses(other)) >= 1, "the other's first step")
         struck = time.time()
         struck_one.strike(signal.SIGINT)
