@@ -122,6 +122,9 @@ class Model(Section):
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = free(
         "auto", description="What computes attention; auto: the fastest that fits device, precision and model."
     )
+    loss: Literal["auto", "chunked", "plain"] = free(
+        "auto", description="chunked: some tokens at a time, without the logits of a whole micro-batch; auto: so on GPUs, where the model allows it."
+    )
     dropout: Share | None = fixed(None, description="Set every dropout of the configuration; by default as configured.")
 
 

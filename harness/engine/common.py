@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,9 @@ class CommonEngine(ABC):
     @abstractmethod
     def whole_model(self) -> PreTrainedModel:
         """The whole model, for its names, shapes and types; its weights need not be there."""
+
+    def keep_documents_apart(self) -> None:
+        """Refuse a model whose packed documents see each other; an engine that made its weights has done so. Collective."""
 
     def balance(self) -> str:
         """A sentence about a rank that holds the others up, since the last call, or an empty one. Collective."""
@@ -152,7 +157,8 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_conf
     """
     import deepspeed
 
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory in 16 bit
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if fp32 and engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.check_grad_overflow = True
     if engine.zero_optimization_stage() in (1, 2) and getattr(engine.optimizer, "cpu_offload", False):

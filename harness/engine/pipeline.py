@@ -24,6 +24,7 @@ from harness.errors import Refused
 from harness.heartbeat import mark
 from harness.model.attention import use_attention
 from harness.model.build import DTYPES, decay_groups, enable_activation_checkpointing
+from harness.model.head import use_chunked_loss
 from harness.model.measure import time_costs
 from harness.model.partition import UNEVEN, skeleton, stage_bounds
 from harness.model.stage import Stage, build_stage
@@ -44,7 +45,7 @@ class StageModule(PipelineModule):
     Args:
         stage: this rank's.
         grid: where this rank stands.
-        loss: (logits, labels) -> what the last stage differentiates.
+        loss: (output, labels) -> what the last stage differentiates.
     """
 
     def __init__(self, stage: Stage, grid: Grid, loss: Any):
@@ -94,12 +95,15 @@ class PipelineEngine(CommonEngine):
         config: configuration of the model.
         ds_config: the merged DeepSpeed configuration.
         device: where this rank computes.
-        weights: folder or hub name to load from, or None for fresh weights (also when a checkpoint follows).
+        weights: folder or hub name to load from, or None for fresh weights.
+        fresh: False where a checkpoint follows, so that no weights need be made.
     """
 
     name = "pipeline"
 
-    def __init__(self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None):
+    def __init__(
+        self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None, fresh: bool = True
+    ):
         self.run, self.config, self.device = run, config, device
         self.stage = int(zero(ds_config).get("stage", 0))
         self.grid = Grid(run.engine.pipeline_stages, distributed.size(), distributed.rank())
@@ -107,8 +111,10 @@ class PipelineEngine(CommonEngine):
             config, run.model.attention, device_type=device.type, precision=run.train.precision, sequence_length=run.data.sequence_length
         )
         self.bounds = _agreed_bounds(run, config, device)
-        stage = build_stage(config, self.bounds, self.grid.pp_stage, weights=weights, precision=run.train.precision, seed=run.train.seed)
+        stage = build_stage(config, self.bounds, self.grid.pp_stage, weights=weights, precision=run.train.precision, seed=run.train.seed, fresh=fresh)
         enable_activation_checkpointing(stage.model, run.train.activation_checkpointing, first_block=stage.bounds[0])
+        if stage.is_last:
+            stage.head = use_chunked_loss(stage.model, run.model.loss, on_gpu=device.type == "cuda")
         groups = decay_groups(stage, run.optimizer.weight_decay)
         _refuse_frozen_stages(self.bounds, distributed.gather_objects((self.grid.pp_stage, bool(groups))))
         optimizer = build_optimizer(groups, run.optimizer, offloaded=offload_device(ds_config, "optimizer") != "none", use_gpu=device.type == "cuda")
@@ -154,13 +160,14 @@ class PipelineEngine(CommonEngine):
             step, first_row = self._seeds.pop()
             seed_micro_batch(self.run.train.seed, step=step, first_row=first_row, stage=self.grid.pp_stage)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """What the last stage differentiates; DeepSpeed divides it by the accumulation and averages over the copies."""
         if not self.deepspeed.module.training:
-            loss = self.layer.loss(logits, labels, tokens=1)
-            self._sums += evaluation_sums(loss, logits, labels)
+            loss = self.layer.loss(output, labels, tokens=1)
+            judged = self.layer.head is not None
+            self._sums += evaluation_sums(loss, self.layer.judged if judged else output, labels, judged=judged)
             return loss
-        loss = self.layer.loss(logits, labels, tokens=self._tokens)
+        loss = self.layer.loss(output, labels, tokens=self._tokens)
         self._sums[0] += loss.detach().double() * self._tokens
         return loss * (self.grid.dp_size * self.deepspeed.micro_batches)
 
@@ -220,7 +227,7 @@ class PipelineEngine(CommonEngine):
         output = self.layer((carried, positions))
         token = torch.zeros((), dtype=torch.int64, device=self.device)
         if grid.is_last:
-            token = output[0, -1].argmax()
+            token = self.layer.logits(output[:, -1:])[0, -1].argmax()
         else:
             distributed.send(output[0], grid.rank_of(grid.pp_stage + 1))
         group = self.deepspeed.grid.get_pipe_parallel_group()

@@ -46,18 +46,19 @@ def seed_micro_batch(seed: int, *, step: int, first_row: int, stage: int = 0, pu
     torch.manual_seed(derive_seed(seed, purpose, step, first_row, stage))
 
 
-def evaluation_sums(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def evaluation_sums(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, *, judged: bool = False) -> torch.Tensor:
     """What an evaluation adds up, for one micro-batch.
 
     Args:
         loss_sum: sum of the token losses.
         logits: [rows, length, vocabulary].
         labels: int64 [rows, length], -100 where nothing is trained.
+        judged: whether in the place of logits there is what a `ChunkedHead` answers.
 
     Returns:
         float64 tensor [3]: sum of token losses, trained tokens, tokens whose argmax is right.
     """
     targets = labels[:, 1:]
     trained = targets != -100
-    right = (logits[:, :-1].argmax(-1) == targets) & trained
-    return torch.stack([loss_sum.double(), trained.sum().double(), right.sum().double()])
+    right = logits[1] if judged else ((logits[:, :-1].argmax(-1) == targets) & trained).sum()
+    return torch.stack([loss_sum.double(), trained.sum().double(), right.double()])

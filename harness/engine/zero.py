@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from harness.log import say
 from harness.model.apart import FLEX_PIECE, PIECE, influence, refuse_crossing, worst
 from harness.model.attention import use_attention
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
+from harness.model.head import use_chunked_loss
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,12 +38,15 @@ class ZeroEngine(CommonEngine):
         config: configuration of the model.
         ds_config: the merged DeepSpeed configuration.
         device: where this rank computes.
-        weights: folder or hub name to load from, or None for fresh weights (also when a checkpoint follows).
+        weights: folder or hub name to load from, or None for fresh weights.
+        fresh: False where a checkpoint follows, so that no weights need be made.
     """
 
     name = "zero"
 
-    def __init__(self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None):
+    def __init__(
+        self, run: RunFile, config: PretrainedConfig, ds_config: dict[str, Any], *, device: torch.device, weights: str | None, fresh: bool = True
+    ):
         self.run, self.config, self.device = run, config, device
         self.stage = int(zero(ds_config).get("stage", 0))
         use_attention(
@@ -49,20 +54,24 @@ class ZeroEngine(CommonEngine):
         )
         self._alive = _announce_stage3(ds_config) if self.stage == 3 else None
         self.model = build(
-            config, path=weights, precision=run.train.precision, seed=run.train.seed, zero3=self.stage == 3, trust_code=run.model.trust_code
+            config, path=weights, precision=run.train.precision, seed=run.train.seed, zero3=self.stage == 3, trust_code=run.model.trust_code,
+            fresh=fresh,
         )
         enable_activation_checkpointing(self.model, run.train.activation_checkpointing)
+        self._head = use_chunked_loss(self.model, run.model.loss, on_gpu=device.type == "cuda")
         offloaded = offload_device(ds_config, "optimizer") != "none"
         optimizer = build_optimizer(
             decay_groups(self.model, run.optimizer.weight_decay), run.optimizer, offloaded=offloaded, use_gpu=device.type == "cuda"
         )
         self.deepspeed = initialize(self.model, optimizer, ds_config, fp32=run.train.precision == "fp32")
         self._aux_coefficient = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if getattr(config, "output_router_logits", False) else 0.0
-        if run.data.packing != "none":
-            self._keep_documents_apart()
+        if fresh:
+            self.keep_documents_apart()
 
-    def _keep_documents_apart(self) -> None:
+    def keep_documents_apart(self) -> None:
         """Try the model on a short packed row, on all ranks together, and refuse it on all of them if its documents see each other."""
+        if self.run.data.packing == "none":
+            return
         started, attention = time.perf_counter(), self.config._attn_implementation
         flex = attention == "flex_attention"
         piece = min(FLEX_PIECE if flex else PIECE, self.run.data.sequence_length // 2)
@@ -128,7 +137,11 @@ class ZeroEngine(CommonEngine):
         return StepResult(loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied())
 
     def _forward(self, batch: Batch, *, tokens: int) -> Any:
-        return self.deepspeed(**self.widen(batch), use_cache=False, num_items_in_batch=tokens)
+        return self._judged(self.widen(batch), tokens=tokens)
+
+    def _judged(self, inputs: dict[str, torch.Tensor], *, tokens: int) -> Any:
+        with self._head.judging(inputs["labels"]) if self._head is not None else nullcontext():
+            return self.deepspeed(**inputs, use_cache=False, num_items_in_batch=tokens)
 
     @torch.no_grad()
     def eval_sums(self, batches: Iterable[Batch]) -> torch.Tensor:
@@ -147,11 +160,11 @@ class ZeroEngine(CommonEngine):
 
     def _eval_sums(self, batch: Batch) -> torch.Tensor:
         inputs = self.widen(batch)
-        output = self.deepspeed(**inputs, use_cache=False, num_items_in_batch=1)
+        output = self._judged(inputs, tokens=1)
         loss = output.loss
         if getattr(output, "aux_loss", None) is not None and self._aux_coefficient:
             loss = loss - self._aux_coefficient * output.aux_loss
-        return evaluation_sums(loss, output.logits, inputs["labels"])
+        return evaluation_sums(loss, output.logits, inputs["labels"], judged=self._head is not None)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def environment(*, ranks: int = 0) -> dict[str, str]:
     }
     if num_gpus() == 0:
         values["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+    if targets := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        values["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\d+\.\d+)[af]", r"\1", targets)  # DeepSpeed 0.19.8 cannot read 9.0a (builder.py, l. 710)
     return values
 
 

@@ -58,7 +58,9 @@ def _name(item: Any) -> str:
     return f"{name} {' against '.join(str(tuple(shape)) for shape in shapes if shape is not None)}"
 
 
-def build(config: PretrainedConfig, *, path: str | None, precision: str, seed: int, zero3: bool, trust_code: bool = False) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, *, path: str | None, precision: str, seed: int, zero3: bool, trust_code: bool = False, fresh: bool = True
+) -> PreTrainedModel:
     """Build the model on CPU, or partitioned over the ranks under ZeRO-3.
 
     Args:
@@ -68,18 +70,24 @@ def build(config: PretrainedConfig, *, path: str | None, precision: str, seed: i
         seed: of the fresh weights.
         zero3: whether a `HfDeepSpeedConfig` of stage 3 is alive, so that parameters are partitioned as they are built.
         trust_code: run code that ships with the model.
+        fresh: without a path, whether weights are made; else they are whatever memory held, for a checkpoint to follow.
 
     Raises:
         Failure: when a parameter came out in another dtype.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     dtype = DTYPES[precision]
     if path is not None:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=trust_code)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_code)
-        initialize(model, seed=seed, zero3=zero3)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_code)
+        model.tie_weights()  # it belongs to what was left out
+        if fresh:
+            initialize(model, seed=seed, zero3=zero3)
+    fuse_activations(model)
     model.loss_type = model.loss_type or "ForCausalLM"  # GPT2LMHeadModel's name gives none, and transformers warns
     for name, parameter in model.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter).dtype if zero3 else parameter.dtype
@@ -130,7 +138,26 @@ def _whole(module: torch.nn.Module, *, zero3: bool) -> Iterator[bool]:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        yield deepspeed.comm.get_rank() == 0
+        if deepspeed.comm.get_rank() != 0:
+            yield False
+            return
+        gathered = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.cpu()  # a GPU's generator draws other numbers than the CPU's
+        yield True
+        for parameter, data in zip(parameters, gathered, strict=True):
+            data.copy_(parameter.data)
+            parameter.data = data
+
+
+def fuse_activations(model: torch.nn.Module) -> None:
+    """Compute GPT-2's GELU with torch's one kernel for it, where transformers writes the same formula out in eight."""
+    from transformers.activations import NewGELUActivation
+
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, every: int, *, first_block: int = 0) -> int:

@@ -11,8 +11,9 @@ from torch import nn
 
 from harness.errors import Failure, Refused
 from harness.files import read_json
-from harness.model.build import DTYPES, initialize
+from harness.model.build import DTYPES, fuse_activations, initialize
 from harness.model.families import Family, family_of
+from harness.model.head import ChunkedHead
 from harness.model.partition import skeleton
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ class Stage(nn.Module):
         is_first: whether it takes token ids rather than hidden states.
         is_last: whether it gives logits rather than hidden states.
         names: its own name of each parameter -> the Hugging Face name, tied ones once.
+        head: on the last stage, where the loss is computed in chunks, what computes it; then the stage gives hidden states to the loss.
+        judged: what it answered last.
     """
+
+    head: ChunkedHead | None = None
+    judged: torch.Tensor | None = None
 
     def __init__(self, model: Any, family: Family, bounds: tuple[int, int], names: dict[int, str]):
         super().__init__()
@@ -76,17 +82,28 @@ class Stage(nn.Module):
                 positions, int64 [rows, length], from 0 in each piece: by them every stage builds its own mask.
 
         Returns:
-            hidden states and positions, or on the last stage logits [rows, length, vocabulary].
+            hidden states and positions, or on the last stage what `loss` and `logits` take.
         """
         carried, positions = inputs
         key = "input_ids" if self.is_first else "inputs_embeds"
         hidden = getattr(self.model, self.family.base)(**{key: carried}, position_ids=positions, use_cache=False).last_hidden_state
-        return self.model.get_output_embeddings()(hidden) if self.is_last else (hidden, positions)
+        if not self.is_last:
+            return hidden, positions
+        return hidden if self.head is not None else self.model.get_output_embeddings()(hidden)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, *, tokens: int) -> torch.Tensor:
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, length, vocabulary], from the last stage's output."""
+        return output if self.head is None else self.head(output)
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor, *, tokens: int) -> torch.Tensor:
         """The model's own loss: the sum over the trained tokens, divided by `tokens`."""
+        if self.head is not None:
+            with self.head.judging(labels):
+                answer = self.head(output)
+            self.judged = answer.detach()
+            return answer[0] / tokens
         return self.model.loss_function(
-            logits=logits, labels=labels, vocab_size=self.model.config.get_text_config().vocab_size, num_items_in_batch=tokens
+            logits=output, labels=labels, vocab_size=self.model.config.get_text_config().vocab_size, num_items_in_batch=tokens
         )
 
     def parameter_names(self) -> dict[int, str]:
@@ -102,7 +119,9 @@ class Stage(nn.Module):
         return module.weight
 
 
-def build_stage(config: PretrainedConfig, bounds: tuple[int, ...], pp_stage: int, *, weights: str | None, precision: str, seed: int) -> Stage:
+def build_stage(
+    config: PretrainedConfig, bounds: tuple[int, ...], pp_stage: int, *, weights: str | None, precision: str, seed: int, fresh: bool = True
+) -> Stage:
     """Build one stage; at no moment is more in memory than its own parameters and one tensor.
 
     Args:
@@ -112,6 +131,7 @@ def build_stage(config: PretrainedConfig, bounds: tuple[int, ...], pp_stage: int
         weights: folder or hub name to read from, or None for fresh ones keyed by (seed, module name).
         precision: fp32 or bf16.
         seed: of the fresh weights.
+        fresh: without a folder, whether weights are made; else they are whatever memory held, for a checkpoint to follow.
 
     Raises:
         Refused: when the weights are not in safetensors files.
@@ -125,10 +145,11 @@ def build_stage(config: PretrainedConfig, bounds: tuple[int, ...], pp_stage: int
     base = getattr(model, family.base)
     if family.rotary:
         setattr(base, family.rotary, type(getattr(base, family.rotary))(config=config))
-    if weights is None:
-        initialize(model, seed=seed, zero3=False)
-    else:
+    if weights is not None:
         _read(model, family, weights, list(names.values()))
+    elif fresh:
+        initialize(model, seed=seed, zero3=False)
+    fuse_activations(model)
     return Stage(model, family, (first, stop), names)
 
 

@@ -191,7 +191,7 @@ def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, devic
     from harness.engine.open import open_engine
 
     started = time.perf_counter()
-    engine = open_engine(run, config, ds_config, device=device, weights=None if found else run.model.path)
+    engine = open_engine(run, config, ds_config, device=device, weights=None if found else run.model.path, fresh=found is None)
     say(f"Model and optimizer built in {time.perf_counter() - started:.1f} s.")
     return engine
 
@@ -208,6 +208,7 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile, disk
     if found is None:
         return Progress()
     folder, progress = found[0], load(engine, found, disks)
+    engine.keep_documents_apart()
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
         ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)

@@ -52,6 +52,11 @@ def test_other_architectures(ranks2, kind, name):
     check(ranks2.run(work.train, name, kind, 2, {}), reference(kind))
 
 
+@pytest.mark.parametrize("name, kind", [("zero1", "gpt2"), ("zero3", "gpt2"), ("zero3_offload_cpu", "qwen2")])
+def test_a_loss_in_chunks(ranks2, name, kind):
+    check(ranks2.run(work.train, name, kind, 2, {"loss": "chunked", "checkpointing": 1}), reference(kind))
+
+
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_the_cut_does_not_matter(ranks2, micro_batch):
     check(ranks2.run(work.train, "zero3", "gpt2", micro_batch, {"checkpointing": 1}), reference("gpt2"))

@@ -44,6 +44,26 @@ def test_two_stages_on_two_ranks_equal_one_process(ranks2, kind, tied):
         check(ranks2.run(work.train, name, kind, 2, {"layers": LAYERS, "tied": tied, "stages": 2, "checkpointing": 2}), reference(kind, tied))
 
 
+@pytest.mark.parametrize("kind, tied", MODELS[:2])
+def test_a_loss_in_chunks(ranks2, kind, tied):
+    check(ranks2.run(work.train, "zero1", kind, 2, {"layers": LAYERS, "tied": tied, "stages": 2, "loss": "chunked"}), reference(kind, tied))
+
+
+def evaluation(stages: int, loss: str) -> list[float]:
+    engine = opened("zero1", "gpt2", stages=stages, loss=loss)
+    rows = random_rows(1, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY)
+    sums = engine.eval_sums(cut(rows, micro_batch=2, rank=0, ranks=1).micro_batches)
+    engine.close()
+    return sums.tolist()
+
+
+def test_an_evaluation_in_chunks(ranks1, ranks2):
+    """Sum of losses, tokens, and tokens that are right: on the last stage those of one rank."""
+    expected = ranks1.run(evaluation, 1, "plain")[0]
+    assert expected[1] > 0 and ranks1.run(evaluation, 1, "chunked")[0] == pytest.approx(expected, rel=1e-6)
+    assert ranks2.run(evaluation, 2, "chunked")[1] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind, options", [
     ("gpt_neox", {}), ("qwen3", {}), ("mistral", {"sliding_window": 8}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
@@ -72,11 +92,12 @@ def evaluated(kind: str, weights: str | None, options: dict[str, Any]) -> list[f
     return answer
 
 
-def opened(name: str, kind: str, *, stages: int, weights: str | None = None, micro_batch: int = 2, precision: str = "fp32", layers: int = LAYERS, **options: Any) -> Any:
+def opened(name: str, kind: str, *, stages: int, weights: str | None = None, micro_batch: int = 2, precision: str = "fp32", layers: int = LAYERS,
+           loss: str = "auto", **options: Any) -> Any:
     from harness import distributed
     from harness.engine.open import open_engine
 
-    run = work.run_file(micro_batch=micro_batch, stages=stages, precision=precision)
+    run = work.run_file(micro_batch=micro_batch, stages=stages, precision=precision, loss=loss)
     merged = work.ds_config(name, run, ranks=distributed.size() // stages, nvme="unused")
     return open_engine(run, tiny_config(kind, layers=layers, **options), copy.deepcopy(merged), device=torch.device("cpu"), weights=weights)
 
@@ -202,12 +223,11 @@ def test_a_stage_without_trained_parameters_is_refused_by_every_rank(ranks2):
         assert "Pipeline stage 0 (blocks 0 to" in answer and "no parameter that is trained" in answer
 
 
-def generated(weights: str, prompts: list[list[int]]) -> list[list[int]]:
-
-    engine = opened("zero1", "gpt2", stages=2, weights=weights)
+def generated(weights: str, prompts: list[list[int]], loss: str) -> list[list[int]]:
+    engine = opened("zero1", "gpt2", stages=2, weights=weights, loss=loss)
     step_of(engine, 1)  # the shapes of training and of generation do not disturb each other
     engine.close()
-    engine = opened("zero1", "gpt2", stages=2, weights=weights)
+    engine = opened("zero1", "gpt2", stages=2, weights=weights, loss=loss)
     answers = engine.generate(prompts, stop_ids=[0], max_new_tokens=12)
     step_of(engine, 1)
     engine.close()
@@ -222,8 +242,9 @@ def test_prompts_are_answered_as_by_plain_transformers(ranks2, tmp_path):
     model.save_pretrained(tmp_path)
     prompts = [[5, 9, 3], [200, 17]]
     expected = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)[0, len(p):].tolist() for p in prompts]
-    for answers in ranks2.run(generated, str(tmp_path), prompts):
-        assert answers == expected
+    for loss in ("plain", "chunked"):
+        for answers in ranks2.run(generated, str(tmp_path), prompts, loss):
+            assert answers == expected
 
 
 def idle_shares(slow_stages: list[int]) -> tuple[float, str]:

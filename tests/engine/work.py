@@ -14,12 +14,12 @@ from harness.testing.rows import cut, random_rows
 ROWS, LENGTH, STEPS, LR, DECAY, CLIP = 8, 32, 20, 1e-3, 0.1, 0.5
 
 
-def run_file(*, micro_batch: int = 1, checkpointing: int = 0, precision: str = "fp32", seed: int = 0, stages: int = 1) -> Any:
+def run_file(*, micro_batch: int = 1, checkpointing: int = 0, precision: str = "fp32", seed: int = 0, stages: int = 1, loss: str = "auto") -> Any:
     from harness.config.schema import RunFile
 
     return RunFile.model_validate({
         "run_dir": "unused", "data": {"dir": "unused", "train": {"path": "unused"}, "sequence_length": LENGTH},
-        "model": {"architecture": {"model_type": "gpt2"}},
+        "model": {"architecture": {"model_type": "gpt2"}, "loss": loss},
         "train": {"steps": STEPS, "global_batch_rows": ROWS, "micro_batch": micro_batch, "precision": precision, "clip": CLIP, "seed": seed,
                   "activation_checkpointing": checkpointing},
         "optimizer": {"lr": LR, "weight_decay": DECAY}, "engine": {"pipeline_stages": stages},
@@ -44,7 +44,8 @@ def train(name: str, kind: str, micro_batch: int, options: dict[str, Any]) -> di
     from harness.world import Grid
 
     stages = options.get("stages", 1)
-    run = run_file(micro_batch=micro_batch, checkpointing=options.get("checkpointing", 0), precision=options.get("precision", "fp32"), stages=stages)
+    named = {key: options[key] for key in ("checkpointing", "precision", "loss") if key in options}
+    run = run_file(micro_batch=micro_batch, stages=stages, **named)
     config = tiny_config(kind, **{key: options[key] for key in ("dropout", "width", "vocabulary", "layers", "tied") if key in options})
     grid = Grid(stages, distributed.size(), distributed.rank())
     merged = ds_config(name, run, ranks=grid.dp_size, nvme=options.get("nvme", "unused"))
@@ -94,7 +95,7 @@ def apply_fault(engine: Any, fault: str | None) -> None:
     elif fault == "mean of means":
         if engine.name == "pipeline":
             loss = engine.layer.loss
-            engine.layer.loss = lambda logits, labels, *, tokens: loss(logits, labels, tokens=own_tokens(labels))
+            engine.layer.loss = lambda output, labels, *, tokens: loss(output, labels, tokens=own_tokens(labels))
         else:
             forward = engine._forward
             engine._forward = lambda micro, *, tokens: forward(micro, tokens=own_tokens(micro.labels))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from harness.model import attention, pieces
+from harness.model import attention, head, pieces
 from harness.model.attention import VARLEN, choose_attention, use_attention
 from harness.model.build import build
 from harness.testing.models import VOCABULARY, tiny_config
@@ -31,20 +32,19 @@ def device():
     distributed.shutdown()
 
 
-def trained(device: torch.device, name: str, precision: str, nvme: str) -> list[float]:
+def trained(device: torch.device, name: str, precision: str, nvme: str, **options: Any) -> list[float]:
     """Losses of one rank under a shipped configuration."""
     from harness.engine.zero import ZeroEngine
 
-    run = work.run_file(micro_batch=2, precision=precision)
+    run = work.run_file(micro_batch=2, precision=precision, **options)
     merged = work.ds_config(name, run, ranks=1, nvme=nvme)
-    engine = ZeroEngine(run, tiny_config("gpt2"), copy.deepcopy(merged), device=device, weights=None)
-    losses = []
-    for step in range(1, STEPS + 1):
-        batch = cut(random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY), micro_batch=2, rank=0, ranks=1)
-        result = engine.train_step(batch, step=step, lr=work.LR)
-        losses.append(result.loss_sum.item() / batch.trained_tokens)
-    engine.close()
-    return losses
+    with closing(ZeroEngine(run, tiny_config("gpt2"), copy.deepcopy(merged), device=device, weights=None)) as engine:
+        losses = []
+        for step in range(1, STEPS + 1):
+            batch = cut(random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY), micro_batch=2, rank=0, ranks=1)
+            result = engine.train_step(batch, step=step, lr=work.LR)
+            losses.append(result.loss_sum.item() / batch.trained_tokens)
+        return losses
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero1_offload_cpu", "zero3_offload_cpu", "zero3_offload_nvme"])
@@ -54,6 +54,26 @@ def test_losses_are_those_of_plain_pytorch(device, tmp_path, name, precision, to
         pytest.skip("libaio's headers are missing")
     expected = work.plain("gpt2")["losses"][:STEPS]
     assert trained(device, name, precision, str(tmp_path)) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_losses_without_chunks(device, tmp_path, name):
+    """What `model.loss: plain` gives; the others have their loss in chunks, compiled."""
+    found = trained(device, name, "fp32", str(tmp_path), loss="plain")
+    assert found == pytest.approx(trained(device, name, "fp32", str(tmp_path)), rel=2e-6)
+
+
+@torch.no_grad()
+def test_a_compiled_chunk_is_the_chunk(device):
+    """Of a vocabulary that is padded, in bf16: losses in float32, and gradients but for their rounding."""
+    logits = torch.randn(500, 1024, device=device).mul(4).bfloat16()
+    targets = torch.randint(0, 1000, (500,), device=device)
+    targets[::7] = -100
+    for learns in (True, False):
+        compiled, plain = (judge(logits, targets, 1000, learns) for judge in (head._compiled(), head._judge))
+        assert torch.allclose(compiled[0], plain[0], rtol=1e-5, atol=1e-5) and torch.equal(compiled[1], plain[1])
+        assert (compiled[2].float() - plain[2].float()).abs().max() <= 2**-8
+        assert not learns or not compiled[2][:, 1000:].any()
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero1_offload_cpu"])

@@ -129,6 +129,21 @@ def test_the_environment_of_a_rank(monkeypatch):
     assert values["TORCH_EXTENSIONS_DIR"].startswith(sys.prefix) and "deepspeed-0.19" in values["TORCH_EXTENSIONS_DIR"]
 
 
+def test_targets_are_named_as_deepspeed_reads_them(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0f+PTX")
+    assert operators.environment()["TORCH_CUDA_ARCH_LIST"] == "8.0 9.0;10.0+PTX"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert "TORCH_CUDA_ARCH_LIST" not in operators.environment()
+
+
+def test_a_toolkit_without_headers_finds_those_of_torch(tmp_path, monkeypatch):
+    """Searched after what the user named, and after the toolkit's own."""
+    (tmp_path / "nvidia" / "cu13" / "include").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    assert operators._headers()["CPLUS_INCLUDE_PATH"].split(":")[:2] == ["/mine", f"{tmp_path}/nvidia/cu13/include"]
+
+
 def test_gpus_are_counted_as_far_as_they_are_visible(monkeypatch):
     monkeypatch.setattr(operators, "_present_gpus", lambda: 4)
     for visible, count in (("0,2", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)):
