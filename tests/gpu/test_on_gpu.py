@@ -60,7 +60,7 @@ def test_losses_are_those_of_plain_pytorch(device, tmp_path, name, precision, to
 def test_losses_without_chunks(device, tmp_path, name):
     """What `model.loss: plain` gives; the others have their loss in chunks, compiled."""
     found = trained(device, name, "fp32", str(tmp_path), loss="plain")
-    assert found == pytest.approx(trained(device, name, "fp32", str(tmp_path)), rel=2e-6)
+    assert found == pytest.approx(trained(device, name, "fp32", str(tmp_path)), rel=1e-5)
 
 
 @torch.no_grad()
