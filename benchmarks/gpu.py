@@ -124,7 +124,7 @@ def main() -> int:
     from harness.units import format_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", default=["zero1:16"], help="DeepSpeed configurations with their micro-batch")
+    parser.add_argument("--cells", nargs="+", default=["zero1:32", "zero1:128", "zero3:32"], help="DeepSpeed configurations with their micro-batch")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--profile", type=Path, help="where to write the kernels of three steps of the harness in the first cell")
     arguments = parser.parse_args()

@@ -40,7 +40,7 @@ measure() { # LABEL COMMAND ...: within what is left of the time
   rows+=("$(printf '%-12s %-16s %4d s' "$label" "$verdict" $((SECONDS - began)))")
 }
 
-measure tests "$python" -m pytest -m gpu tests
+measure tests "$python" -m pytest -m gpu tests/gpu
 measure benchmark "$python" benchmarks/gpu.py
 
 echo
