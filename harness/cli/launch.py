@@ -24,12 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _from_here(arguments: argparse.Namespace, loaded: Loaded) -> int:
     """On this machine, or on hosts that it reaches: this process stays until all is over."""
+    from harness.formats.running import refuse_occupied
     from harness.preflight import machine
     from harness.supervise import relaunch
 
     if arguments.print_only:
         _show(_plan(loaded, arguments))
         return EXIT_DONE
+    refuse_occupied(loaded.run.run_path)
     if arguments.on == "local":
         machine.refuse_unfit(loaded)
     return relaunch.launch(lambda: _plan(loaded, arguments), run_dir=loaded.run.run_path, restarts=loaded.run.launch.restarts).code

@@ -47,6 +47,7 @@ def _wait_for_rank_0() -> None:
 
 
 def _train(loaded: Loaded, world: World) -> int:
+    from harness.formats import running
     from harness.train.attempt import Attempt, check_same_run
 
     attempt = None
@@ -55,6 +56,7 @@ def _train(loaded: Loaded, world: World) -> int:
         if world.is_main:
             _preflight(loaded, world, use_gpu)
             check_same_run(loaded)
+            running.hold(loaded.run.run_path)
             attempt = Attempt.begin(loaded)
         else:
             _load_libraries()
@@ -62,6 +64,8 @@ def _train(loaded: Loaded, world: World) -> int:
         from harness.train.compose import train
 
         evaluation = train(loaded, world, use_gpu=use_gpu, attempt=attempt)
+    except running.Occupied:
+        raise
     except HarnessError as error:
         if isinstance(error, StopRequested):
             say(str(error))

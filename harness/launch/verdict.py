@@ -11,6 +11,7 @@ from typing import Any
 from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
 from harness.formats import ledger, outcome
 from harness.formats.outcome import Outcome
+from harness.formats.running import is_occupied
 from harness.heartbeat import Beat
 from harness.launch.silence import Silent
 
@@ -122,7 +123,7 @@ def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
     told = outcome.read_outcome(run_dir)
     told = told if told is not None and told.time >= started else None
     final = judge(ended, told, last_words=lambda rank: outcome.read_end(run_dir, rank, since=started))
-    if writes and final is not told and run_dir.is_dir():
+    if writes and final is not told and run_dir.is_dir() and not is_occupied(run_dir):
         final = replace(final, step=outcome.last_step(run_dir), attempt=outcome.newest_attempt(run_dir)[0])
         outcome.write_outcome(run_dir, final)
         facts = ended.gone.facts() if ended.gone else {}

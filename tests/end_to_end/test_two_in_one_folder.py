@@ -1,0 +1,62 @@
+"""Two runs never train in one folder: the second is refused, by the launcher and by its own rank 0, and the first does not notice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.formats import running as lock
+from tests.end_to_end.conftest import deepspeed, harness
+from tests.end_to_end.faults import Running, events, launched, losses, running, write_run
+
+INJECT = Path(__file__).parents[1] / "faults" / "inject"
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    lines = [{"question": f"What is the tone of {n}?", "answer": f"It is {n * 7 % 23}, more or less."} for n in range(60)]
+    return write_run(tmp_path, lines[:50], lines[50:])
+
+
+@pytest.fixture
+def standing(run_file, tmp_path, monkeypatch):
+    """A run whose rank 1 stands in step 3 until it may go on."""
+    monkeypatch.setenv("FAULT", f"1:backward:3:hold:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}")
+    with running(run_file, tmp_path / "run") as first:
+        first.until((tmp_path / "struck").exists)
+        yield first
+
+
+def ends_well(first: Running, place: Path) -> None:
+    (place / "go").touch()
+    assert first.end() == 0, first.output
+    assert first.outcome().state == "done" and list(losses(first.run_dir)) == list(range(1, 9))
+    assert [event["attempt"] for event in events(first.run_dir, "start")] == [1] and not events(first.run_dir, "stop")
+
+
+def test_the_second_launch_is_refused(run_file, standing, tmp_path):
+    second = harness("launch", run_file, f"run_dir={tmp_path / 'run'}")
+    assert second.code == 2 and f"A run is under way in {tmp_path / 'run'}: process {standing.ranks()[0].pid} on " in second.output, second.output
+    assert "control/stop" in second.output and "Traceback" not in second.output
+    ends_well(standing, tmp_path)
+    launched(run_file, tmp_path / "run", "train.steps=10")
+
+
+@pytest.mark.slow
+def test_the_second_job_of_deepspeed_is_refused(run_file, standing, tmp_path):
+    """No launcher of ours looks first; the ranks themselves find out, and write nothing."""
+    second = deepspeed("train", run_file, f"run_dir={tmp_path / 'run'}")
+    assert second.code and "A run is under way" in second.output, second.output
+    ends_well(standing, tmp_path)
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def lockf(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    lock.hold(tmp_path)
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    assert not lock.is_occupied(tmp_path)
