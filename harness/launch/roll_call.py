@@ -27,12 +27,17 @@ LIMIT_S = 60.0
 
 def facts(run_file: str) -> dict[str, Any]:
     """What this host has, as JSON."""
-    folder = Path(harness.__file__).parent
-    code = [word for path in sorted(folder.rglob("*.py")) for word in (str(path.relative_to(folder)), digest_file(path))]
     return {
-        "python": ".".join(map(str, sys.version_info[:3])), "versions": {name: _version(name) for name in PACKAGES}, "code": digest_text(*code),
+        "python": ".".join(map(str, sys.version_info[:3])), "versions": {name: _version(name) for name in PACKAGES}, "code": code_digest(),
         "run file": digest_file(Path(run_file)) if Path(run_file).is_file() else None, "gpus": num_gpus(),
     }
+
+
+def code_digest() -> str:
+    """A digest of this package's own files, the same wherever they are."""
+    root = Path(harness.__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json"))
+    return digest_text(*(part for path in files for part in (path.relative_to(root).as_posix(), digest_file(path))))[:16]
 
 
 def _version(package: str) -> str:

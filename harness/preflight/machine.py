@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.config.deepspeed import offload_device, read_deepspeed
 from harness.config.load import Loaded
 from harness.errors import Refused
-from harness.files import digest_file, digest_text
 from harness.launch import operators
+from harness.launch.roll_call import code_digest
 from harness.log import say
 from harness.preflight import gpus, host, shared_memory, software, speed
 from harness.preflight.findings import Finding, Report
@@ -135,12 +135,3 @@ def _quick(purpose: Purpose, *, gpu: bool) -> list[Finding]:
 def _all_builders(gpu: bool) -> tuple[str, ...]:
     names = [name for name in operators.FOLDERS if (name == "FusedAdamBuilder") <= gpu and (name == "ShareMemCommBuilder") <= (not gpu)]
     return tuple(name for name in names if name != "AsyncIOBuilder" or operators.is_built(name))
-
-
-def code_digest() -> str:
-    """A digest of this package's own files, the same wherever they are."""
-    import harness
-
-    root = Path(harness.__file__).parent
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json"))
-    return digest_text(*(part for path in files for part in (path.relative_to(root).as_posix(), digest_file(path))))[:16]
