@@ -22,7 +22,7 @@ class Display:
 
     def __init__(self, total_steps: int, *, done: int):
         self.total, self.first = total_steps, done
-        self._started = time.monotonic()
+        self._first_s = 0.0
         self._spoke = 0.0
         self._bar: Any = None
         if sys.stdout.isatty():
@@ -35,10 +35,13 @@ class Display:
             self._bar.update(self._bar.task_ids[0], completed=step, numbers=text)
             return
         now = time.monotonic()
+        if step == self.first + 1:
+            self._first_s = now  # the first step, and what was before it, tell nothing of the others
         if now - self._spoke >= QUIET_SECONDS or step == self.total or step == self.first + 1:
             self._spoke = now
-            left = (now - self._started) / max(1, step - self.first) * (self.total - step)
-            say(f"step {step}/{self.total}  {text}  {format_seconds(left)} left")
+            done, ahead = step - self.first - 1, self.total - step
+            left = f"  {format_seconds((now - self._first_s) / done * ahead)} left" if done > 0 and ahead > 0 else ""
+            say(f"step {step}/{self.total}  {text}{left}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
