@@ -18,7 +18,7 @@ from harness import files
 from harness.config.schema import Data
 from harness.data import records
 from harness.data.backends import open_backend
-from harness.data.examples import example_of, identity_of, key_of
+from harness.data.examples import identity_of, key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
@@ -158,6 +158,7 @@ class _Gathering:
 
     def __init__(self, job: ShardJob):
         self.job, self.sides = job, {which: Side() for which in job.sides}
+        self.read = reader(job.data)
         self.first, self.splits = next(iter(self.sides.values())), len(self.sides) > 1
         self.exclude = frozenset(np.load(job.exclude).tolist() if job.exclude else ())
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
@@ -167,7 +168,7 @@ class _Gathering:
 
     def add(self, record: Any, number: int) -> None:
         """Give a record to a side, or count why it is left out."""
-        example = example_of(record, self.job.data)
+        example = self.read(record)
         if example is None:
             self.leave_out(self.first, EMPTY)
             return
@@ -184,8 +185,9 @@ class _Gathering:
             self.leave_out(side, "refused by the chat template")
             return
         side.rows_in += 1
-        side.texts += [text for text, _ in segments]
-        side.trained += [trained for _, trained in segments]
+        for text, trained in segments:
+            side.texts.append(text)
+            side.trained.append(trained)
         side.segments.append(len(segments))
         side.records.append(number)
         side.identities.append(identity_of(example))

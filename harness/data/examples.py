@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,23 +51,32 @@ def optional_columns_of(data: Data) -> tuple[str, ...]:
     return tuple(getattr(data.columns, name) for name in OPTIONAL_PARTS.get(data.shape, ()))
 
 
-def example_of(row: dict[str, Any], data: Data) -> Example | None:
-    """The example in a row; None where a part is missing, empty, or not what it should be.
+def reader(data: Data) -> Callable[[dict[str, Any]], Example | None]:
+    """What gives the example in a row; None where a part is missing, empty, or not what it should be.
 
     A conversation is a list of turns, or JSON text of one, with the keys `role` and `content` or, as ShareGPT has them, `from` and `value`.
     The keys that Arrow filled with None are dropped, and content in parts of text is joined.
     """
-    values = [row.get(name) for name in columns_of(data)]
-    if data.shape == "messages":
-        return _conversation(values[0], row.get(data.columns.tools))
-    texts = [value if isinstance(value, str) else ("" if value is None else str(value)) for value in values]
-    if data.shape == "text":
-        return None if _is_blank(texts[0]) else texts[0]
-    return None if any(map(_is_blank, texts)) else (texts[0], texts[1])
+    columns, tools = columns_of(data), data.columns.tools
+
+    def conversation(row: dict[str, Any]) -> Example | None:
+        return _conversation(row.get(columns[0]), row.get(tools))
+
+    def text(row: dict[str, Any]) -> Example | None:
+        return _text(row.get(columns[0]))
+
+    def pair(row: dict[str, Any]) -> Example | None:
+        first, second = _text(row.get(columns[0])), _text(row.get(columns[1]))
+        return None if first is None or second is None else (first, second)
+
+    return {"messages": conversation, "text": text, "prompt_completion": pair}[data.shape]
 
 
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
+def _text(value: Any) -> str | None:
+    """Text with something to read in it."""
+    if not isinstance(value, str):
+        value = "" if value is None else str(value)
+    return value if value and not value.isspace() else None
 
 
 def texts_of(example: Example) -> tuple[str, ...]:
@@ -91,7 +101,9 @@ def key_of(example: Example) -> int:
 
 def identity_of(example: Example) -> int:
     """64 bits that are equal for examples with the same text throughout."""
-    return _hash(SEPARATOR.join(text.encode("utf-8", "surrogatepass") for text in texts_of(example)))
+    if isinstance(example, tuple):
+        return _hash(example[0].encode("utf-8", "surrogatepass") + SEPARATOR + example[1].encode("utf-8", "surrogatepass"))
+    return _hash(texts_of(example)[0].encode("utf-8", "surrogatepass"))
 
 
 def _hash(data: bytes) -> int:

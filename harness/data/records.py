@@ -100,14 +100,18 @@ def _lines_before(part: InputRange) -> int:
 
 def _read_jsonl(part: InputRange) -> Iterator[Record]:
     for number, line in enumerate(_lines(part)):
-        if line.isspace():
-            yield None
-            continue
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:
-            value = _loads_slowly(line, part, number)
-        yield value if isinstance(value, dict | Broken) else Broken(_lines_before(part) + number + 1, "is not a JSON object")
+            value = None if line.isspace() else _loads_slowly(line, part, number)
+        else:
+            if type(value) is not dict:
+                value = _no_object(part, number)
+        yield value
+
+
+def _no_object(part: InputRange, number: int) -> Broken:
+    return Broken(_lines_before(part) + number + 1, "is not a JSON object")
 
 
 def _lines(part: InputRange) -> Iterator[bytes]:
@@ -131,7 +135,8 @@ def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
         decode(_bytes(part), part, part.start)
         raise
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        return value if isinstance(value, dict) else _no_object(part, number)
     except json.JSONDecodeError as error:
         return Broken(_lines_before(part) + number + 1, f"is not JSON: {error.msg}")
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from harness.config.schema import Data
 from harness.data.bpe import train_bpe
-from harness.data.examples import Conversation, example_of, identity_of, key_of, texts_of
+from harness.data.examples import Conversation, identity_of, key_of, reader, texts_of
 from harness.data.template import Template, start_ids
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -94,7 +94,7 @@ def data_of(**values):
 
 
 def read(row, **values):
-    return example_of(row, data_of(**values))
+    return reader(data_of(**values))(row)
 
 
 @pytest.mark.parametrize(("chat_template", "eos", "bos"), [(CHATML, "<|im_end|>", None), (LLAMA, "<|eot_id|>", "<|begin_of_text|>")])
