@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from harness.formats import running as lock
 from tests.end_to_end.conftest import deepspeed, harness
 from tests.end_to_end.faults import Running, events, launched, losses, running, write_run
 
@@ -51,12 +50,3 @@ def test_the_second_job_of_deepspeed_is_refused(run_file, standing, tmp_path):
     second = deepspeed("train", run_file, f"run_dir={tmp_path / 'run'}")
     assert second.code and "A run is under way" in second.output, second.output
     ends_well(standing, tmp_path)
-
-
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
-    def lockf(*arguments: object) -> None:
-        raise OSError(37, "No locks available")
-
-    lock.hold(tmp_path)
-    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
-    assert not lock.is_occupied(tmp_path)
