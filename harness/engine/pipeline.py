@@ -114,7 +114,7 @@ class PipelineEngine(CommonEngine):
         stage = build_stage(config, self.bounds, self.grid.pp_stage, weights=weights, precision=run.train.precision, seed=run.train.seed, fresh=fresh)
         enable_activation_checkpointing(stage.model, run.train.activation_checkpointing, first_block=stage.bounds[0])
         if stage.is_last:
-            stage.head = use_chunked_loss(stage.model, run.model.loss, on_gpu=device.type == "cuda")
+            use_chunked_loss(stage.model, run.model.loss, on_gpu=device.type == "cuda")
         groups = decay_groups(stage, run.optimizer.weight_decay)
         _refuse_frozen_stages(self.bounds, distributed.gather_objects((self.grid.pp_stage, bool(groups))))
         optimizer = build_optimizer(groups, run.optimizer, offloaded=offload_device(ds_config, "optimizer") != "none", use_gpu=device.type == "cuda")

@@ -43,11 +43,9 @@ class Stage(nn.Module):
         is_first: whether it takes token ids rather than hidden states.
         is_last: whether it gives logits rather than hidden states.
         names: its own name of each parameter -> the Hugging Face name, tied ones once.
-        head: on the last stage, where the loss is computed in chunks, what computes it; then the stage gives hidden states to the loss.
-        judged: what it answered last.
+        judged: what `head` answered last.
     """
 
-    head: ChunkedHead | None = None
     judged: torch.Tensor | None = None
 
     def __init__(self, model: Any, family: Family, bounds: tuple[int, int], names: dict[int, str]):
@@ -90,6 +88,12 @@ class Stage(nn.Module):
         if not self.is_last:
             return hidden, positions
         return hidden if self.head is not None else self.model.get_output_embeddings()(hidden)
+
+    @property
+    def head(self) -> ChunkedHead | None:
+        """What computes the loss in chunks, on the last stage where it does; then the stage's output are hidden states."""
+        found = self.model.get_output_embeddings() if self.is_last else None
+        return found if isinstance(found, ChunkedHead) else None
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Logits [rows, length, vocabulary], from the last stage's output."""
