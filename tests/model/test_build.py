@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from harness.errors import Refused
-from harness.model.build import build, check_weights, decay_groups, enable_activation_checkpointing, initialize
-from harness.testing.models import ARCHITECTURES, tiny_config
+from harness.model.build import build, check_weights, decay_groups, enable_activation_checkpointing, fuse_activations, initialize
+from harness.testing.models import ARCHITECTURES, VOCABULARY, tiny_config
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -87,3 +89,26 @@ def test_only_matrices_decay():
     assert matrices["weight_decay"] == 0.1 and all(p.ndim == 2 for p in matrices["params"])
     assert rest["weight_decay"] == 0.0 and all(p.ndim == 1 for p in rest["params"])
     assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_gelu_in_one_kernel_is_the_same_gelu():
+    from transformers import AutoModelForCausalLM
+    from transformers.activations import NewGELUActivation
+
+    plain = AutoModelForCausalLM.from_config(tiny_config("gpt2", width=64)).eval()
+    fused = copy.deepcopy(plain)
+    fuse_activations(fused)
+    counts = [sum(type(module) is NewGELUActivation for module in model.modules()) for model in (plain, fused)]
+    assert counts == [2, 0] and fused.config.activation_function == "gelu_new"
+    ids = torch.randint(0, VOCABULARY, (2, 40))
+    with torch.no_grad():
+        theirs, ours = (model(ids).logits for model in (plain, fused))
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_fresh_weights_none_are_made_and_ties_stand(monkeypatch):
+    """For a checkpoint to follow: no initialisation runs, whatever is in memory."""
+    monkeypatch.setattr("harness.model.build.initialize", lambda *a, **k: pytest.fail("weights were made"))
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *a, **k: pytest.fail("weights were made"))
+    model = build(tiny_config("gpt2"), path=None, precision="fp32", seed=1, zero3=False, fresh=False)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
