@@ -36,7 +36,7 @@ def hold(run_dir: Path) -> None:
     Raises:
         Occupied: when one is there.
     """
-    place = run_dir / "control" / _WHO
+    place = run_dir / "attempts" / _WHO
     place.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
     if _is_taken(descriptor):
@@ -58,7 +58,7 @@ def refuse_occupied(run_dir: Path) -> None:
         Occupied: when one does.
     """
     try:
-        descriptor = os.open(run_dir / "control" / _WHO, os.O_RDWR)
+        descriptor = os.open(run_dir / "attempts" / _WHO, os.O_RDWR)
     except OSError:
         return
     try:

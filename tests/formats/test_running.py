@@ -52,7 +52,7 @@ def quick(monkeypatch):
 
 def test_on_one_machine_the_kernel_knows(tmp_path, holder):
     child = holder(running._machine(), "silent")
-    os.utime(tmp_path / "control" / "running", (1, 1))
+    os.utime(tmp_path / "attempts" / "running", (1, 1))
     assert running.is_occupied(tmp_path)
     with pytest.raises(running.Occupied, match=f"process {child.pid} on "):
         running.hold(tmp_path)
@@ -60,7 +60,7 @@ def test_on_one_machine_the_kernel_knows(tmp_path, holder):
     child.wait()
     assert not running.is_occupied(tmp_path)
     running.hold(tmp_path)
-    assert json.loads((tmp_path / "control" / "running").read_text())["pid"] == os.getpid()
+    assert json.loads((tmp_path / "attempts" / "running").read_text())["pid"] == os.getpid()
 
 
 def test_another_machine_that_lives_is_not_disturbed(tmp_path, holder):
@@ -77,7 +77,7 @@ def test_the_lock_of_a_machine_that_is_gone_stops_nobody(tmp_path, holder, monke
     child = holder("another", "silent")
     assert running.is_occupied(tmp_path)
     running.hold(tmp_path)
-    assert said and str(child.pid) in said[0] and json.loads((tmp_path / "control" / "running").read_text())["pid"] == os.getpid()
+    assert said and str(child.pid) in said[0] and json.loads((tmp_path / "attempts" / "running").read_text())["pid"] == os.getpid()
 
 
 def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, holder, monkeypatch):
