@@ -164,8 +164,14 @@ class Cluster:
         return (self.folder / self.names[host] / "hosts").read_text(encoding="utf-8")
 
     def link(self, host: int, *, up: bool) -> None:
-        """Plug the network cable of a host in, or pull it."""
+        """Plug the network cable of a host in, until it and another one reach each other again, or pull it."""
         self._ip("link", "set", f"p{host}", "up" if up else "down")
+        if up:
+            other = (host + 1) % len(self.names)
+            self._await(lambda: self._reaches(host, other) and self._reaches(other, host), None)
+
+    def _reaches(self, host: int, other: int) -> bool:
+        return self.run(host, "bash", "-c", f"exec 3<> /dev/tcp/{self.address(other)}/22").returncode == 0
 
     def crash(self, host: int) -> None:
         """A host falls silent, and all its processes are gone. The cable first: a kernel says goodbye for its dead processes."""

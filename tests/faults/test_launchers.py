@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -88,10 +88,13 @@ def test_what_is_above_the_ranks_is_struck(case: Above, course, fault, measured,
 
 
 @rows(cases.TWICE_DEEPSPEED)
-def test_one_of_two_of_deepspeeds_launchers(case: Case, course, fault, measured, tmp_path):
+def test_one_of_two_of_deepspeeds_launchers(case: Case, course, fault, measured, monkeypatch, tmp_path):
     one, other, place = tmp_path / "one", tmp_path / "other", fault(1, "backward", 7)
-    with under("deepspeed", course.run_file, one) as struck_one, under("deepspeed", course.run_file, other) as spared:
+    with ExitStack() as both:
+        struck_one = both.enter_context(under("deepspeed", course.run_file, one))
         struck_one.until((place / "struck").exists)
+        monkeypatch.delenv("FAULT")  # only the first stands still
+        spared = both.enter_context(under("deepspeed", course.run_file, other))
         wait(lambda: len(losses(other)) >= 1, "the other's first step")
         struck = time.time()
         os.kill(struck_one.ranks()[1].ppid(), signal.SIGTERM)
