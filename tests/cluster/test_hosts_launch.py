@@ -57,6 +57,7 @@ def test_two_hosts_train(hosts, run_file, tmp_path, through, words):
     assert not left(cluster)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_down_or_differs_is_named_before_anything_starts(hosts, run_file, tmp_path):
     """One host without a cable, one with another version: refused with both names; with `at_least`, the run goes on without them."""
     cluster = hosts(3)

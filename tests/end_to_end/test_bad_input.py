@@ -134,6 +134,7 @@ def test_rank_zero_three_seconds_late(run_file, tmp_path, monkeypatch):
     _one_message(done.output, "Did you mean `steps`?")
 
 
+@pytest.mark.slow
 def test_a_fixed_field_changed_on_resume(run_file, tmp_path):
     done = harness("launch", run_file, "train.steps=1", "launch.ranks=1")
     assert done.code == 0, done.output

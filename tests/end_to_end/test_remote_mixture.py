@@ -99,6 +99,7 @@ def break_some(server: Server) -> None:
         server.faults[name] = list(faults[number % len(faults)])
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_changes_no_loss_and_the_cache_keeps_its_bound(mixture_file, tmp_path, server, sets):
     """Against the same sets in folders; every set is evaluated apart."""
     words = ["train.steps=12", "evaluation.every_steps=6", "checkpoint.every_steps=null"]

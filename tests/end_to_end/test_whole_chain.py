@@ -103,6 +103,7 @@ def test_killed_while_a_checkpoint_is_written_behind_it(run_file, tmp_path):
     assert losses(run_dir) == losses(tmp_path / "whole") and len(losses(run_dir)) == 9
 
 
+@pytest.mark.slow
 def test_stop_request_saves_and_says_resume_me(run_file, tmp_path):
     run_dir = tmp_path / "run"
     code = _kill_after(run_file, run_dir, 2, signal.SIGTERM, "train.steps=400", "checkpoint.every_steps=null", "evaluation.every_steps=null")

@@ -90,6 +90,7 @@ def test_each_disk_keeps_its_part_and_nothing_is_brought_where_the_shape_stays(b
     assert third.losses == whole[2 * STEPS :]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_a_checkpoint_behind(base, whole, ranks2, places, tmp_path):
     """As after a crash between the commits of two hosts, and with a damaged file on the other one."""
     leg = Leg(2, "zero3", 1, places)
