@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS, CUT = 16, 10
 
 
-@pytest.mark.parametrize("name, precision, stages", [("zero1", "fp16", 1), ("zero3", "bf16", 1), ("zero3_offload_cpu", "bf16", 1)])
-def test_cut_off_and_resumed(tmp_path: Path, name: str, precision: str, stages: int):
+@pytest.mark.parametrize("name, precision", [("zero1", "fp16"), ("zero3", "bf16"), ("zero3_offload_cpu", "bf16")])
+def test_cut_off_and_resumed(tmp_path: Path, name: str, precision: str):
     """Kernels that add in no fixed order may differ; that what was loaded is what was saved the run itself compares bit for bit."""
     examples = [{"question": question, "answer": answer} for question, answer in QUESTIONS]
     held = [{"question": f"{question} Really?", "answer": answer} for question, answer in QUESTIONS[:4]]
     run_file = write_run(
         tmp_path, examples, held, train={"steps": STEPS, "precision": precision, "micro_batch": 2},
-        data={"packing": "best_fit", "sequence_length": 128}, engine={"deepspeed": name, "device": "auto", "pipeline_stages": stages},
+        data={"packing": "best_fit", "sequence_length": 128}, engine={"deepspeed": name, "device": "auto"},
         model={"dropout": 0.0}, checkpoint={"every_steps": 4}, launch={"ranks": 1},
     )
     whole = tmp_path / "whole"
