@@ -62,15 +62,8 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         the last evaluation.
     """
     run = loaded.run
-    mark("meet")
-    device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=run.engine.timeout_minutes)
-    number = distributed.broadcast_object(attempt.number if attempt else 0)
-    attempt = attempt or Attempt.at(number, loaded)
-    log.setup(world, attempt.logs)
-    show_stacks_on_request(attempt.logs / f"stacks-{world.rank:05d}.txt")
-    stop = StopFlag()
-    stop.install()
-    Guard(stop).start()
+    device, attempt, stop = _meet(loaded, world, use_gpu=use_gpu, attempt=attempt)
+    number = attempt.number
     mark("build")
     config = load_config(loaded)
     data = open_data(run)
@@ -137,6 +130,20 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         trainer.course.loader.close()
         data.close()
         recorder.close()
+
+
+def _meet(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | None) -> tuple[torch.device, Attempt, StopFlag]:
+    """Meet the other ranks; from then on there are logs and stacks, and requests are flags."""
+    mark("meet")
+    device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=loaded.run.engine.timeout_minutes)
+    number = distributed.broadcast_object(attempt.number if attempt else 0)
+    attempt = attempt or Attempt.at(number, loaded)
+    log.setup(world, attempt.logs)
+    show_stacks_on_request(attempt.logs / f"stacks-{world.rank:05d}.txt")
+    stop = StopFlag()
+    stop.install()
+    Guard(stop).start()
+    return device, attempt, stop
 
 
 def _is_evaluated(run: RunFile, found: tuple[Path, Manifest] | None, course: Course) -> bool:

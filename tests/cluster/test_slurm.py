@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -17,12 +16,11 @@ from harness.formats.outcome import last_step, read_outcome
 from tests.cluster import slurm as slurms
 from tests.cluster.slurm import Slurm
 from tests.end_to_end.conftest import QUESTIONS, harness
-from tests.end_to_end.faults import assert_same, losses
+from tests.end_to_end.faults import armed, assert_same, losses
 from harness.testing.models import tiny_architecture
 
 pytestmark = pytest.mark.slow
 STEPS = 60
-INJECT = Path(__file__).parents[1] / "faults" / "inject"
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +87,8 @@ def _struck(slurm: Slurm, run_file: Path, run_dir: Path, strike: Callable[[str],
     """A launch that something happens to while rank 1 stands in step 6, until Slurm has acted on it; its code, and what it told."""
     told, place = run_dir.with_name("told"), run_dir.with_name("held")
     place.mkdir()
-    fault = {"FAULT": f"1:backward:6:hold:{place}", "PYTHONPATH": f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}"}
     command = ["python", "-m", "harness", "launch", run_file, "--on", "slurm", *words, f"run_dir={run_dir}"]
-    with slurm.start(*command, told=told, variables=fault) as launch:
+    with slurm.start(*command, told=told, variables=armed(1, "backward", 6, place)) as launch:
         try:
             slurm.until(lambda: (place / "struck").exists() or launch.poll() is not None)
             assert launch.poll() is None, told.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,14 @@ from harness.formats.outcome import Outcome, read_outcome
 from harness.telemetry.read import read_metrics
 from harness.testing.models import tiny_architecture
 
+INJECT = Path(__file__).parents[1] / "faults" / "inject"
 POLL_S = 0.02
 RANK = ["-m", "harness", "train"]
+
+
+def armed(rank: int, phase: str, step: int, place: Path, manner: str = "hold") -> dict[str, str]:
+    """Variables that arm a rank of the runs to come; in `place` the file `struck` appears and `go` is waited for (faults/inject)."""
+    return {"FAULT": f"{rank}:{phase}:{step}:{manner}:{place}", "PYTHONPATH": f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}"}
 
 
 def write_run(folder: Path, train: list[dict], held: list[dict], /, **sections: dict) -> Path:

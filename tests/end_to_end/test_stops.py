@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from harness.formats.manifest import read_manifest
-from tests.end_to_end.faults import Running, assert_same, evaluations, events, launched, losses, running, said, write_run
+from tests.end_to_end.faults import Running, armed, assert_same, evaluations, events, launched, losses, running, said, write_run
 
 WORDS = ["tone", "size", "name", "rule", "form", "pace"]
-INJECT = Path(__file__).parents[1] / "faults" / "inject"
 WITHIN_S = 8.0
 """From the request until all ranks have heard it, saved and written how they ended; how long interpreters take to go is another matter."""
 
@@ -55,8 +53,8 @@ def assert_goes_on(run_file: Path, run_dir: Path, whole: Path) -> None:
 
 def test_before_the_ranks_have_met(run_file, folder, tmp_path, monkeypatch):
     """Ctrl-C while rank 1 looks for rank 0, which is not there yet."""
-    monkeypatch.setenv("FAULT", f"0:meet:0:hold:{tmp_path}")
-    monkeypatch.setenv("PYTHONPATH", f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}")
+    for name, value in armed(0, "meet", 0, tmp_path).items():
+        monkeypatch.setenv(name, value)
     run_dir = folder / "unmet"
     with running(run_file, run_dir) as it:
         it.until((tmp_path / "struck").exists)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import deepspeed, harness
-from tests.end_to_end.faults import Running, events, launched, losses, running, write_run
-
-INJECT = Path(__file__).parents[1] / "faults" / "inject"
+from tests.end_to_end.faults import Running, armed, events, launched, losses, running, write_run
 
 
 @pytest.fixture
@@ -22,8 +19,8 @@ def run_file(tmp_path) -> Path:
 @pytest.fixture
 def standing(run_file, tmp_path, monkeypatch):
     """A run whose rank 1 stands in step 3 until it may go on."""
-    monkeypatch.setenv("FAULT", f"1:backward:3:hold:{tmp_path}")
-    monkeypatch.setenv("PYTHONPATH", f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}")
+    for name, value in armed(1, "backward", 3, tmp_path).items():
+        monkeypatch.setenv(name, value)
     with running(run_file, tmp_path / "run") as first:
         first.until((tmp_path / "struck").exists)
         yield first
@@ -48,5 +45,5 @@ def test_the_second_launch_is_refused(run_file, standing, tmp_path):
 def test_the_second_job_of_deepspeed_is_refused(run_file, standing, tmp_path):
     """No launcher of ours looks first; the ranks themselves find out, and write nothing."""
     second = deepspeed("train", run_file, f"run_dir={tmp_path / 'run'}")
-    assert second.code and "A run is under way" in second.output, second.output
+    assert second.code == 2 and "A run is under way" in second.output, second.output
     ends_well(standing, tmp_path)

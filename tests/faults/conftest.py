@@ -13,12 +13,11 @@ import pytest
 import yaml
 
 from harness.testing.models import tiny_architecture
-from tests.end_to_end.faults import interrupted, launched
+from tests.end_to_end.faults import armed, interrupted, launched
 from tests.faults import document
 from tests.faults.left import Before
 
 STEPS, CUT = 20, 12
-INJECT = Path(__file__).parent / "inject"
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def fault(tmp_path, monkeypatch) -> Callable[..., Path]:
     """Arms a rank of the runs to come; gives the folder in which `struck` appears and `go` is waited for."""
 
     def arm(rank: int, phase: str, step: int, manner: str = "hold") -> Path:
-        monkeypatch.setenv("FAULT", f"{rank}:{phase}:{step}:{manner}:{tmp_path}")
-        monkeypatch.setenv("PYTHONPATH", f"{INJECT}{os.pathsep}{os.environ['PYTHONPATH']}")
+        for name, value in armed(rank, phase, step, tmp_path, manner).items():
+            monkeypatch.setenv(name, value)
         return tmp_path
 
     return arm
