@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CELL_LIMIT_S = 1800
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 4 << 20
 BATCH_ROWS, MICRO_BATCH = 32, 32
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 THREADS = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
@@ -65,7 +65,7 @@ def size_of(texts: list[str]) -> int:
 
 
 def batches_of(texts: list[str]) -> Iterator[list[str]]:
-    """As much text at a time as a shard of the harness holds."""
+    """As much text at a time as the harness gives it; more is slower."""
     batch: list[str] = []
     held = 0
     for text in texts:
@@ -151,9 +151,9 @@ def map_datasets(arguments: argparse.Namespace) -> Answer:
 
     names, part = columns(arguments), arguments.work / "part.jsonl"
     size = size_of(texts_of(arguments, part))
+    start, cpu = time.monotonic(), cpu_seconds()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     tokenizer.model_max_length = sys.maxsize
-    start, cpu = time.monotonic(), cpu_seconds()
     rows = load_dataset("json", data_files=str(part), split="train", cache_dir=str(arguments.work / "cache"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as cores already
     rows.map(lambda batch: {name: tokenizer(batch[name])["input_ids"] for name in names}, batched=True, num_proc=2, remove_columns=rows.column_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 FAST, ORACLE = "fastokens", "tokenizers"
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 1024
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2, 256
 PROBES = (
     "", " ", "  two  spaces ", "\n\n\t tabs\r\nand returns\r", "It's we'll I'M they'd",
     "1234567890 3.14159 1,000,000 ２０２４ ½", "naïve café Ångström ﬁ ǅ e\u0301 İ",
@@ -49,7 +50,7 @@ class Backend:
             ids = [encoding.ids for encoding in self._oracle.encode_batch_fast(texts, add_special_tokens=False)]
             offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)])
             return np.fromiter((token for one in ids for token in one), np.uint32, count=int(offsets[-1])), offsets
-        self.check([texts[place][:SAMPLE_CHARACTERS] for place in np.linspace(0, len(texts) - 1, min(SAMPLE_TEXTS, len(texts)), dtype=int)])
+        self.check([text[:SAMPLE_CHARACTERS] for text in texts[:: max(1, len(texts) // SAMPLE_TEXTS)][:SAMPLE_TEXTS]])
         return _encode_fast(self._fast, texts)
 
     def check(self, texts: Sequence[str]) -> None:
@@ -68,6 +69,12 @@ class Backend:
 def open_backend(folder: Path, name: str) -> Backend:
     """A backend; loading one takes longer than a small shard."""
     return Backend(folder, name)
+
+
+def warm(folder: Path) -> None:
+    """Open the fast backend in this process, where that can be done, before somebody waits for it."""
+    with suppress(Exception):  # `choose` finds the same, and decides what follows from it
+        open_backend(folder, FAST)
 
 
 def choose(folder: Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from harness import files
 from harness.config.schema import Data
 from harness.data import records
 from harness.data.backends import open_backend
-from harness.data.examples import identity_of, key_of, reader
+from harness.data.examples import key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
 from harness.data.template import Template
+from harness.data.workers import uncollected
 from harness.errors import Refused
 from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
@@ -30,6 +32,8 @@ from harness.formats.index import ShardEntry, ShardFile, ShardSource
 EMPTY = "a part is empty or missing"
 KNOWN = "its question is in the training set"
 UNREADABLE = "cannot be read"
+BATCH_CHARACTERS = 4 << 20
+"""So much text is tokenised at a time: little enough to be in the processor's cache still, and for its memory to be used again."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,28 @@ class ShardJob:
 
 
 @dataclass
-class Side:
-    """The documents of a shard that belong to one set, as texts; what was left out of them."""
+class Pending:
+    """Documents that are not tokenised yet.
+
+    Attributes:
+        texts: the segments of all of them.
+        trained: whether each segment is.
+        segments: how many each document has.
+        records: which record of the shard each document was.
+    """
 
     texts: list[str] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
-    identities: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Side:
+    """What a shard gives to one set, and what was left out of it."""
+
+    pending: Pending = field(default_factory=Pending)
+    made: list[Documents] = field(default_factory=list)
     rows_in: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -106,15 +124,15 @@ def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
     """
     if (done := _finished(job)) is not None:
         return done
+    with nullcontext() if job.template.chat else uncollected():  # chat templates leave cycles behind
+        return _made(job)
+
+
+def _made(job: ShardJob) -> dict[str, dict[str, Any]]:
     gathering, counts = _gather(job)
-    backend = open_backend(job.tokenizer, job.backend)
-    ids, offsets = backend.encode([text for side in gathering.sides.values() for text in side.texts])
-    results, begin = {}, 0
+    results = {}
     for which, side in gathering.sides.items():
-        own = offsets[begin : begin + len(side.texts) + 1]
-        begin += len(side.texts)
-        documents = Documents.assemble(ids[own[0] : own[-1]], own - own[0], side, start=job.start, ends=job.ends, wide=job.wide)
-        where = job.sides[which]
+        documents, where = Documents.join(side.made), job.sides[which]
         entry = _write(where.folder, job, where.fingerprint, documents, counts)
         _save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
         results[which] = {
@@ -154,11 +172,11 @@ def held_out(seed: int, share: float, key: int) -> bool:
 
 
 class _Gathering:
-    """The records of a job on their way to a side."""
+    """The records of a job on their way to a side, and to tokens."""
 
     def __init__(self, job: ShardJob):
-        self.job, self.sides = job, {which: Side() for which in job.sides}
-        self.read = reader(job.data)
+        self.job, self.sides, self.backend = job, {which: Side() for which in job.sides}, open_backend(job.tokenizer, job.backend)
+        self.read, self.characters = reader(job.data), 0
         self.first, self.splits = next(iter(self.sides.values())), len(self.sides) > 1
         self.exclude = frozenset(np.load(job.exclude).tolist() if job.exclude else ())
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
@@ -185,12 +203,29 @@ class _Gathering:
             self.leave_out(side, "refused by the chat template")
             return
         side.rows_in += 1
+        pending = side.pending
         for text, trained in segments:
-            side.texts.append(text)
-            side.trained.append(trained)
-        side.segments.append(len(segments))
-        side.records.append(number)
-        side.identities.append(identity_of(example))
+            pending.texts.append(text)
+            pending.trained.append(trained)
+            self.characters += len(text)
+        pending.segments.append(len(segments))
+        pending.records.append(number)
+        if self.characters >= BATCH_CHARACTERS:
+            self.tokenise()
+
+    def tokenise(self) -> None:
+        """Make documents of what is pending."""
+        job, begin = self.job, 0
+        ids, offsets = self.backend.encode([text for side in self.sides.values() for text in side.pending.texts])
+        for side in self.sides.values():
+            own = offsets[begin : begin + len(side.pending.texts) + 1]
+            begin += len(side.pending.texts)
+            documents, lost = Documents.assemble(ids[own[0] : own[-1]], own - own[0], side.pending, start=job.start, ends=job.ends, wide=job.wide)
+            side.made.append(documents)
+            if lost:
+                side.dropped["no trained token"] += lost
+            side.pending = Pending()
+        self.characters = 0
 
     def leave_out(self, side: Side, cause: str) -> None:
         """Count a row that is dropped."""
@@ -207,7 +242,7 @@ class _Gathering:
 
 
 def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
-    """The examples by side, and how many records each range holds."""
+    """The documents of each side, and how many records each range holds."""
     gathering, counts, number = _Gathering(job), [], 0
     for part in job.parts:
         before = number
@@ -218,6 +253,7 @@ def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
                 gathering.add(record, number)
             number += 1
         counts.append(number - before)
+    gathering.tokenise()
     return gathering, counts
 
 
@@ -230,7 +266,7 @@ class Documents:
         lengths: int32 [documents].
         spans: int32 [spans, 3]: document, start and stop of what is trained.
         records: uint32 [documents]: which record of the shard each was.
-        identities: uint64 [documents]: hash of each example.
+        identities: uint64 [documents]: hash of the tokens of each.
     """
 
     flat: np.ndarray
@@ -240,25 +276,28 @@ class Documents:
     identities: np.ndarray
 
     @classmethod
-    def assemble(cls, ids: np.ndarray, offsets: np.ndarray, side: Side, *, start: Sequence[int], ends: Sequence[int], wide: bool) -> Documents:
+    def assemble(cls, ids: np.ndarray, offsets: np.ndarray, texts: Pending, *, start: Sequence[int], ends: Sequence[int], wide: bool) -> tuple[Documents, int]:
         """Join tokenised segments to documents; each trained one is closed by the end-of-text token unless it already ends.
-
-        Documents without a trained token are left out and counted.
 
         Args:
             ids: uint32 [tokens] of all segments.
             offsets: int64 [segments + 1]: where each begins.
-            side: what the segments belong to.
+            texts: what was tokenised.
             start: tokens before every document.
             ends: tokens that end an answer, the end of text first.
             wide: int32 instead of uint16.
+
+        Returns:
+            (documents, how many were left out for want of a trained token).
         """
-        trained, sizes = np.asarray(side.trained, bool), np.diff(offsets)
-        owner = np.repeat(np.arange(len(side.segments)), side.segments)
+        trained, sizes = np.asarray(texts.trained, bool), np.diff(offsets)
+        owner = np.repeat(np.arange(len(texts.segments)), texts.segments)
         ended = np.zeros(len(sizes), bool)
         for back in (1, 2):
             there = sizes >= back
-            ended[there] |= np.isin(ids[offsets[1:][there] - back], ends)
+            last = ids[offsets[1:][there] - back]
+            for token in ends:
+                ended[there] |= last == token
         closed = trained & ~ended
         opens = np.zeros(len(sizes), np.int64)
         opens[np.flatnonzero(np.diff(owner, prepend=-1))] = len(start)
@@ -272,18 +311,32 @@ class Documents:
             opening = (begins - len(start) + place)[opens > 0]
             given[opening], flat[opening] = False, token
         flat[given] = ids
-        lengths = np.bincount(owner, weights=room, minlength=len(side.segments)).astype(np.int64)
+        lengths = np.bincount(owner, weights=room, minlength=len(texts.segments)).astype(np.int64)
         origin = np.cumsum(lengths) - lengths
         spanned = trained & (sizes > 0)
         spans = np.column_stack([owner, begins - origin[owner], stops - origin[owner]])[spanned]
         counted = spans[:, 2] > np.maximum(spans[:, 1], 1)
-        kept = np.bincount(spans[counted, 0], minlength=len(side.segments)) > 0
-        if lost := int((~kept).sum()):
-            side.dropped["no trained token"] += lost
+        kept = np.bincount(spans[counted, 0], minlength=len(texts.segments)) > 0
+        lost = int((~kept).sum())
+        if lost:
             flat, spans = flat[np.repeat(kept, lengths)], spans[kept[spans[:, 0]]]
             spans[:, 0] = (np.cumsum(kept) - 1)[spans[:, 0]]
-        return cls(flat, lengths[kept].astype(np.int32), spans.astype(np.int32).reshape(-1, 3),
-                   np.asarray(side.records, np.uint32)[kept], np.asarray(side.identities, np.uint64)[kept])
+        lengths = lengths[kept]
+        return cls(flat, lengths.astype(np.int32), spans.astype(np.int32).reshape(-1, 3), np.asarray(texts.records, np.uint32)[kept], _hashes(flat, lengths)), lost
+
+    @classmethod
+    def join(cls, parts: list[Documents]) -> Documents:
+        """The documents of all parts, of which there is at least one, in order."""
+        first = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        spans = [part.spans + np.asarray([number, 0, 0], np.int32) for part, number in zip(parts, first[:-1], strict=True)]
+        return cls(np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts]), np.concatenate(spans),
+                   np.concatenate([part.records for part in parts]), np.concatenate([part.identities for part in parts]))
+
+
+def _hashes(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint64 [documents]: 64 bits that are equal for documents of the same tokens."""
+    content, stops = memoryview(flat).cast("B"), (np.cumsum(lengths) * flat.itemsize).tolist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(content[start:stop]) for start, stop in pairwise([0, *stops])), np.uint64, len(lengths))
 
 
 def _write(folder: Path, job: ShardJob, fingerprint: str, documents: Documents, counts: list[int]) -> ShardEntry:

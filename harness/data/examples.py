@@ -17,8 +17,6 @@ SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }
 WHITESPACE = b" \t\n\r\x0b\x0c"
-SEPARATOR = b"\xff"
-"""A byte that UTF-8 does not have."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,6 @@ def _text(value: Any) -> str | None:
     return value if value and not value.isspace() else None
 
 
-def texts_of(example: Example) -> tuple[str, ...]:
-    """All the text of an example; a conversation's as JSON."""
-    if isinstance(example, Conversation):
-        return (example.as_json(),)
-    return (example,) if isinstance(example, str) else example
-
-
 def key_of(example: Example) -> int:
     """What must not stand on both sides of a split, as 64 bits: the question, or the beginning of the text.
 
@@ -97,13 +88,6 @@ def key_of(example: Example) -> int:
         return _hash(_plain(example[0]))
     questions = (turn["content"] for turn in example.turns if turn["role"] == "user" and turn.get("content", "").strip())
     return _hash(_plain(next(questions, None) or example.as_json()))
-
-
-def identity_of(example: Example) -> int:
-    """64 bits that are equal for examples with the same text throughout."""
-    if isinstance(example, tuple):
-        return _hash(example[0].encode("utf-8", "surrogatepass") + SEPARATOR + example[1].encode("utf-8", "surrogatepass"))
-    return _hash(texts_of(example)[0].encode("utf-8", "surrogatepass"))
 
 
 def _hash(data: bytes) -> int:

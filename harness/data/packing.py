@@ -174,9 +174,10 @@ def _pack(sizes: np.ndarray, length: int, packing: str) -> tuple[np.ndarray, np.
     """(order of the pieces, where each row ends in that order)."""
     if packing == "none":
         return np.arange(len(sizes)), np.arange(1, len(sizes) + 1, dtype=np.int64)
-    rows = best_fit(sizes, length)
-    order = np.asarray([piece for row in rows for piece in row], dtype=np.int64)
-    return order, np.cumsum([len(row) for row in rows]).astype(np.int64)
+    full, short = np.flatnonzero(sizes == length), np.flatnonzero(sizes < length)
+    rows = best_fit(sizes[short], length)
+    order = short[np.asarray([piece for row in rows for piece in row], dtype=np.int64)]
+    return np.concatenate([full, order]), np.cumsum([*[1] * len(full), *map(len, rows)], dtype=np.int64)
 
 
 def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:

@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from harness import files
-from harness.config.schema import RunFile
+from harness.config.schema import Data, RunFile
 from harness.data import backends, builtin, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
@@ -31,7 +31,7 @@ from harness.log import say
 SHARD_TEXT_BYTES = 16 << 20
 """About so much text goes into a shard; few enough bytes that training can start on the first ones, and that a window of them fits into memory."""
 ALONE_BYTES = 256 << 20
-"""Less text than this is done sooner in one process, whose tokenizer uses all cores, than processes start."""
+"""Less text than this is done sooner by threads of this process than processes start."""
 
 
 def fingerprint(run: RunFile) -> str:
@@ -137,11 +137,15 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
     data, size = run.data, SHARD_TEXT_BYTES
     train = sources.open_source(data.train, data, key="data.train", cache=cache, size=size)
     validation = sources.open_source(data.validation, data, key="data.validation", cache=cache, size=size) if data.validation else None
-    tokenizer = _save_tokenizer(run, folder / "tokenizer", train)
-    backend = backends.choose(folder / "tokenizer")
     text_bytes = sum(part.size for group in [*train, *(validation or ())] for part in group)
-    processes = data.num_processes or (1 if text_bytes <= ALONE_BYTES else workers.cores())
-    with nullcontext(executor) if executor is not None else workers.local_executor(min(processes, len(train))) as pool:
+    with (
+        nullcontext(executor) if executor is not None else _local_executor(data, text_bytes, len(train)) as pool,
+        nullcontext() if data.shape == "messages" else workers.uncollected(),
+    ):
+        tokenizer = _save_tokenizer(run, folder / "tokenizer", train)
+        if isinstance(pool, workers.Pool):
+            pool.everywhere(backends.warm, folder / "tokenizer")
+        backend = backends.choose(folder / "tokenizer")
         maker = Maker(run, folder, tokenizer, pool, fingerprint=fingerprint(run), progress=progress)
         try:
             maker.make(train, validation, backend)
@@ -152,6 +156,14 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
             raise Failure("A process that prepares the data was killed, often for want of memory; start again, and finished shards are kept "
                           "(fewer processes: data.num_processes).") from None
     return tokenizer
+
+
+def _local_executor(data: Data, text_bytes: int, num_shards: int) -> AbstractContextManager[Executor | None]:
+    """What is soonest done: threads for little text, processes for much, one after the other for chat templates, which know no threads."""
+    processes = min(data.num_processes or (1 if text_bytes <= ALONE_BYTES else workers.cores()), num_shards)
+    if processes > 1:
+        return workers.local_processes(processes)
+    return nullcontext() if data.shape == "messages" or num_shards == 1 else workers.local_threads()
 
 
 def held_out_questions(run: RunFile, *, count: int) -> list[str]:

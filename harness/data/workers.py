@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -15,7 +16,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "ARROW_NUM_THREADS")
+TOKENIZER_THREADS = "FASTOKENS_BPE_THREADS"
+THREADS = ("RAYON_NUM_THREADS", TOKENIZER_THREADS, "OMP_NUM_THREADS", "ARROW_NUM_THREADS")
 MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -27,6 +29,18 @@ def cores() -> int:
 def mpi_ranks() -> int:
     """Ranks of the MPI job that this process belongs to; 1 outside of one."""
     return max((int(os.environ[name]) for name in MPI_SIZE if os.environ.get(name, "").isdigit()), default=1)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles: what is made of rows and tokenizers has none, and it would look through all of it again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
@@ -44,16 +58,29 @@ def mpi_executor() -> Iterator[Executor | None]:
 
 
 @contextmanager
-def local_executor(processes: int) -> Iterator[Executor | None]:
-    """Processes of this machine that share its cores, or None where one process does it all."""
-    if processes <= 1:
+def local_processes(processes: int) -> Iterator[Pool]:
+    """Processes of this machine that share its cores."""
+    with _threads(THREADS, cores() // processes), Pool(processes) as pool:  # read by a child when it starts
+        yield pool
+
+
+@contextmanager
+def local_threads() -> Iterator[Executor | None]:
+    """Two threads, of which one tokenises while the other holds the interpreter's lock; None where there is one core."""
+    if cores() == 1:
         yield None
         return
-    kept = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // processes))))  # read by a child when it starts
+    with _threads((TOKENIZER_THREADS,), cores() // 2), ThreadPoolExecutor(2, thread_name_prefix="harness-shard") as pool:
+        yield pool
+
+
+@contextmanager
+def _threads(names: tuple[str, ...], count: int) -> Iterator[None]:
+    """Environment variables that say how many threads a library uses, for a while."""
+    kept = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(max(1, count))))
     try:
-        with Pool(processes) as pool:
-            yield pool
+        yield
     finally:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -79,6 +106,11 @@ class Pool(Executor):
     def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
         """Call a function, which a module must hold by its name, in the next process that is free."""
         return self._threads.submit(self._call, (function, args, options))
+
+    def everywhere(self, function: Callable[..., Any], /, *args: Any) -> None:
+        """Call a function in every process, for what it leaves there; nobody waits for it."""
+        for _ in self._workers:  # the process that has been idle longest is next, so that none is given two
+            self.submit(function, *args)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the processes, once they have done what they were given."""
@@ -126,6 +158,7 @@ def _serve(pipe: Connection) -> None:
                 error.add_note(traceback.format_exc())
                 answer = False, error
             pipe.send(answer)
+    os._exit(0)  # nothing is left to do, and taking down tokenizers and libraries takes a tenth of a second
 
 
 def _end_with_parent() -> None:

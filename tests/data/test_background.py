@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 
-
 import numpy as np
 import pytest
 
 from harness import files
-from harness.data import background
-from harness.data import maker
+from harness.data import background, maker, workers
 from harness.data import prepare as module
 from harness.data.loader import TrainLoader
 from harness.data.packing import Packing
@@ -33,6 +31,7 @@ def slow(tmp_path, monkeypatch):
         return real(job)
 
     monkeypatch.setattr(maker, "make_shard", wait_then_make)
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # of two threads the second could be the first to tell
     run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 90))}, shape="prompt_completion", num_processes=1)
     thread = threading.Thread(target=module.prepare, args=(run,), kwargs={"progress": False}, daemon=True)
     thread.start()

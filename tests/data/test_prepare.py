@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import datasets
 import pytest
 
-from harness.data import builtin
-from harness.data import maker
+from harness.data import builtin, encode, maker, workers
 from harness.data import prepare as module
 from harness.data.prepare import fingerprint, prepare, prepared_index
 from harness.data.template import Template
@@ -77,19 +77,49 @@ def test_generation_sees_the_prompt_as_training_did(prepared):
     assert Template.from_dict(template.to_dict()) == template
 
 
+def made(folder, **data):
+    """What identifies both sets that are made of these data: fingerprints, digests of all shards, and what was counted."""
+    folder.mkdir()
+    prepare(make_run(folder, **data), progress=False)
+    indexes = [read_index(folder / "data" / name) for name in module.SETS]
+    return [(index.fingerprint, [shard.digest for shard in index.shards], index.audit) for index in indexes]
+
+
+@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_bytes_do_not_depend_on_the_processes(tmp_path, monkeypatch, processes):
+def test_bytes_do_not_depend_on_the_processes(tmp_path, monkeypatch, processes, cores):
     monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 2000)
-    source = write_pairs(tmp_path / "p.jsonl", 60)
-    digests = []
-    for number, workers in enumerate((1, processes)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        run = make_run(folder, train={"path": str(source)}, shape="prompt_completion", num_processes=workers)
-        prepare(run, progress=False)
-        index = read_index(folder / "data" / "train")
-        digests.append((index.fingerprint, [(s.name, s.digest) for s in index.shards]))
-    assert digests[0] == digests[1] and len(digests[0][1]) > 2
+    data = {"train": {"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, "shape": "prompt_completion"}
+    threads = made(tmp_path / "threads", **data, num_processes=1)
+    monkeypatch.setattr(workers, "cores", lambda: cores)
+    assert made(tmp_path / "other", **data, num_processes=processes) == threads and len(threads[0][1]) > 2
+
+
+@pytest.mark.parametrize("shape", ["prompt_completion", "messages"])
+def test_bytes_do_not_depend_on_how_much_is_tokenised_at_a_time(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(module, "SHARD_TEXT_BYTES", 6000)
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "p.jsonl", 60).read_text().splitlines()]
+    rows += rows[::7]
+    if shape == "messages":  # one in three has nothing to train
+        rows = [{"messages": [{"role": "user", "content": row["prompt"]}] + [{"role": "assistant", "content": row["completion"]}] * (number % 3 > 0)}
+                for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "shape": shape, "max_dropped_share": 0.5}
+    at_once = made(tmp_path / "at once", **data)
+    counted = [index[2] for index in at_once]
+    assert sum(audit["duplicates"] for audit in counted) == {"prompt_completion": 9, "messages": 6}[shape]
+    assert sum(audit["dropped"].get("no trained token", 0) for audit in counted) == {"prompt_completion": 0, "messages": 23}[shape]
+    for number, characters in enumerate((1, 300, 1000)):
+        monkeypatch.setattr(encode, "BATCH_CHARACTERS", characters)
+        assert made(tmp_path / str(number), **data) == at_once
+
+
+def test_nothing_collects_cycles_meanwhile():
+    with workers.uncollected():
+        with workers.uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
