@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from harness import __version__
+from harness import __version__, collector
 from harness.errors import EXIT_INTERRUPTED, EXIT_REFUSED, HarnessError
 
 VERBS = {
@@ -83,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and answer with its exit code."""
     arguments = parse(argv)
+    collector.seldom()
     try:
         return importlib.import_module(f"harness.cli.{arguments.verb}").run(arguments)
     except HarnessError as error:
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_REFUSED
+    finally:
+        collector.leave()
 
 
 def _speak(error: HarnessError) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from harness import files
+from harness import collector, files
 from harness.config.schema import Data
 from harness.data import records
 from harness.data.backends import open_backend
@@ -24,7 +24,6 @@ from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
 from harness.data.template import Template
-from harness.data.workers import uncollected
 from harness.errors import Refused
 from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
@@ -124,7 +123,7 @@ def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
     """
     if (done := _finished(job)) is not None:
         return done
-    with nullcontext() if job.template.chat else uncollected():  # chat templates leave cycles behind
+    with nullcontext() if job.template.chat else collector.off():  # chat templates leave cycles behind
         return _made(job)
 
 

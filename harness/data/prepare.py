@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from harness import files
+from harness import collector, files
 from harness.config.schema import Data, RunFile
 from harness.data import backends, builtin, sources, workers
 from harness.data.audit import Audit, sample_rows
@@ -140,7 +140,7 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
     text_bytes = sum(part.size for group in [*train, *(validation or ())] for part in group)
     with (
         nullcontext(executor) if executor is not None else _local_executor(data, text_bytes, len(train)) as pool,
-        nullcontext() if data.shape == "messages" else workers.uncollected(),
+        nullcontext() if data.shape == "messages" else collector.off(),  # rows and tokenizers have no cycles
     ):
         tokenizer = _save_tokenizer(run, folder / "tokenizer", train)
         if isinstance(pool, workers.Pool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import threading
@@ -29,18 +28,6 @@ def cores() -> int:
 def mpi_ranks() -> int:
     """Ranks of the MPI job that this process belongs to; 1 outside of one."""
     return max((int(os.environ[name]) for name in MPI_SIZE if os.environ.get(name, "").isdigit()), default=1)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without the collector of cycles: what is made of rows and tokenizers has none, and it would look through all of it again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextmanager

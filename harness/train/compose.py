@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import distributed, log
+from harness import collector, distributed, log
 from harness.checkpoint import commit, resume
 from harness.checkpoint.disks import Disks, find
 from harness.config.batch import BatchEquation, batch_equation
@@ -63,6 +63,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     """
     run = loaded.run
     device, attempt, stop = _meet(loaded, world, use_gpu=use_gpu, attempt=attempt)
+    collector.as_usual()
     number = attempt.number
     mark("build")
     config = load_config(loaded)

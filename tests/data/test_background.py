@@ -104,6 +104,7 @@ def test_a_process_of_its_own_prepares_and_tells_what_is_wrong(tmp_path):
     background.start(run)
     table = background.growing(tmp_path / "data" / "train", PACKING) or RowTable.build(tmp_path / "data" / "train", PACKING)
     assert table.num_rows > 0
+    background.wait_for(lambda: not (tmp_path / "data" / background.RUN).exists(), tmp_path / "data")  # until that process has ended
     broken = make_run(tmp_path, train={"path": str(tmp_path / "p.jsonl")}, shape="prompt_completion", columns={"prompt": "nope"})
     with pytest.raises(Refused, match="no column 'nope'"):
         background.start(broken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import datasets
@@ -112,14 +111,6 @@ def test_bytes_do_not_depend_on_how_much_is_tokenised_at_a_time(tmp_path, monkey
     for number, characters in enumerate((1, 300, 1000)):
         monkeypatch.setattr(encode, "BATCH_CHARACTERS", characters)
         assert made(tmp_path / str(number), **data) == at_once
-
-
-def test_nothing_collects_cycles_meanwhile():
-    with workers.uncollected():
-        with workers.uncollected():
-            pass
-        assert not gc.isenabled()
-    assert gc.isenabled()
 
 
 def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
