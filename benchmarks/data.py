@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 
 PEERS_FOLDER = Path(__file__).resolve().parent / "data_peers"
@@ -216,9 +216,8 @@ def summary(bench: Bench, names: list[str]) -> dict[str, Any]:
     """All figures, as JSON."""
     rows = np.load(bench.rows_file, mmap_mode="r")
     digest = hashlib.sha256(rows.data).hexdigest()
-    commit = subprocess.run(["git", "-C", str(PEERS_FOLDER), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": sys.argv, "commit": commit, "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        **figures.origin(),
         "data": {"rows": len(rows), "tokens": rows.size, "distinct_rows": len(set(row_hashes(rows).tolist())), "sha256": digest},
         "rounds": bench.arguments.rounds, "workers": bench.arguments.workers, "batch": [BATCH, LENGTH],
         "peers": {name: {
@@ -228,23 +227,11 @@ def summary(bench: Bench, names: list[str]) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """As the kernel names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    data, machine = result["data"], result["machine"]
-    title = (f"{data['tokens'] / 1e6:,.1f} million tokens in {data['rows']:,} rows, batches of {BATCH} x {LENGTH} int64, {result['workers']} workers; "
-             f"medians of {result['rounds']}; {machine['cpu']}, {machine['cores']} cores; {result['commit'][:7]}")
-    drawn = sys.stdout.isatty()
-    table = Table("loader", title=title, title_justify="left", box=box.HEAVY_HEAD if drawn else None)
+    data = result["data"]
+    title = f"{data['tokens'] / 1e6:,.1f} million tokens in {data['rows']:,} rows, batches of {BATCH} x {LENGTH} int64, {result['workers']} workers"
+    table = figures.titled(result, title, "loader")
     for heading in ("Mtokens/s", "CPU s/Mtoken", "first batch ms", "resume 50 % ms", "resume 99 % ms", "peak MiB", "anonymous MiB", "lost", "repeated"):
         table.add_column(heading, justify="right")
     table.add_column("same order")
@@ -257,7 +244,7 @@ def show(result: dict[str, Any]) -> None:
                  for metric, (unit, form) in zip(METRICS, formats, strict=True)]
         cells += [f"{exact['lost']:,}", f"{exact['repeated'] + exact['unknown']:,}", "yes" if exact["same_order"] else "no"] if exact else ["-"] * 3
         table.add_row(name, *cells, peer["gives"])
-    console = Console() if drawn else Console(width=190)
+    console = figures.console(190)
     console.print(table)
     for name, peer in result["peers"].items():
         if peer["failure"]:
@@ -297,8 +284,7 @@ def main() -> int:
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    figures.write(arguments.out, result)
     show(result)
     return 0
 

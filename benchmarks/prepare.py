@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -27,8 +26,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import figures
+
+sys.path.insert(0, str(figures.ROOT))
 
 CELL_LIMIT_S = 1800
 BATCH_BYTES = 4 << 20
@@ -95,7 +95,7 @@ def tokenise(arguments: argparse.Namespace, share: int, shares: int, barrier: An
 
 def alone(arguments: argparse.Namespace, processes: int) -> Answer:
     """The tokenizer alone in so many processes, from a common start to the last one's end."""
-    os.environ.update(dict.fromkeys(THREADS[:2], str(cores() // processes)))  # read by a child when it starts
+    os.environ.update(dict.fromkeys(THREADS[:2], str(figures.cores() // processes)))  # read by a child when it starts
     context = get_context("spawn")
     barrier, answers = context.Barrier(processes), context.Queue()
     started = [context.Process(target=tokenise, args=(arguments, share, processes, barrier, answers)) for share in range(processes)]
@@ -161,7 +161,7 @@ def map_datasets(arguments: argparse.Namespace) -> Answer:
 
 
 CELLS: dict[str, Callable[[argparse.Namespace], Answer]] = {
-    "tokenizer alone, processes": lambda arguments: alone(arguments, cores()),
+    "tokenizer alone, processes": lambda arguments: alone(arguments, figures.cores()),
     "tokenizer alone, threads": lambda arguments: alone(arguments, 1),
     "harness": lambda arguments: prepare(arguments, None),
     "harness, 1 process": lambda arguments: prepare(arguments, 1),
@@ -170,11 +170,6 @@ CELLS: dict[str, Callable[[argparse.Namespace], Answer]] = {
 }
 ALONE = tuple(CELLS)[:2]
 MAP = tuple(CELLS)[-1]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def cpu_seconds() -> float:
@@ -215,28 +210,13 @@ def summary(arguments: argparse.Namespace, size: int, cells: dict[str, list[Answ
     for numbers in medians.values():
         numbers["to_alone"] = numbers["mb_per_s"] / best if best else None
         numbers["to_map"] = numbers["mb_per_s"] / medians[MAP]["mb_per_s"] if MAP in medians else None
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"command": sys.argv, "commit": commit, "machine": {"cpu": cpu_name(), "cores": cores(), "python": platform.python_version()},
-            "bytes": size, "file_bytes": arguments.text.stat().st_size, "sequence_length": arguments.sequence_length, "rounds": arguments.rounds,
+    return {**figures.origin(), "bytes": size, "file_bytes": arguments.text.stat().st_size, "sequence_length": arguments.sequence_length, "rounds": arguments.rounds,
             "medians": medians, "cells": cells}
-
-
-def cpu_name() -> str:
-    """As the kernel names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    machine, drawn = result["machine"], sys.stdout.isatty()
-    title = (f"{result['bytes'] / 1e6:,.1f} MB of text in {result['file_bytes'] / 1e6:,.1f} MB of JSON Lines; medians of {result['rounds']}; "
-             f"{machine['cpu']}, {machine['cores']} cores; {result['commit'][:7]}")
-    table = Table("", title=title, title_justify="left", box=box.HEAVY_HEAD if drawn else None)
+    table = figures.titled(result, f"{result['bytes'] / 1e6:,.1f} MB of text in {result['file_bytes'] / 1e6:,.1f} MB of JSON Lines")
     shown = {"MB/s": ("mb_per_s", ".1f"), "of the tokenizer": ("to_alone", ".2f"), "of datasets.map": ("to_map", ".1f"),
              "seconds": ("seconds", ".2f"), "CPU seconds": ("cpu_s", ".2f"),
              "to the first batch s": ("first_batch_s", ".2f"), "imports before s": ("imports_s", ".2f")}
@@ -244,7 +224,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for name, numbers in result["medians"].items():
         table.add_row(name, *("-" if numbers.get(key) is None else f"{numbers[key]:{form}}" for key, form in shown.values()))
-    (Console() if drawn else Console(width=150)).print(table)
+    figures.console(150).print(table)
 
 
 def parse() -> argparse.Namespace:
@@ -285,8 +265,7 @@ def main() -> int:
         result = summary(arguments, size, cells)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    figures.write(arguments.out, result)
     show(result)
     return 0
 
