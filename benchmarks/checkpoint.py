@@ -59,7 +59,7 @@ def _run(folder: Path) -> Any:
         "run_dir": str(folder / "run"), "model": {"architecture": {"model_type": "gpt2"}},
         "data": {"dir": str(folder / "data"), "train": {"path": str(folder / "text.txt")}, "shape": "text", "validation_share": 0.2, "sequence_length": LENGTH,
                  "train_tokenizer": {"vocab_size": 320}, "num_processes": 1},
-        "train": {"steps": 1, "global_batch_rows": ROWS, "micro_batch": 1, "precision": "fp32"}, "engine": {"deepspeed": NAME},
+        "train": {"steps": 1, "global_batch_rows": ROWS, "micro_batch": 1, "precision": "fp32"}, "engine": {"deepspeed": NAME}, "checkpoint": {"every_steps": 1},
     })
 
 
@@ -168,6 +168,8 @@ class Bench:
 def measure(folder: str, layers: int, width: int, saves: int, steps: int) -> dict[str, Any]:
     """Everything, on this rank: the kinds take turns, so that a machine's other work meets them alike."""
     bench = Bench(folder, layers, width)
+    bench.steps(1)
+    bench.saver.get_ready()
     bench.steps(WARM_UP)
     peak_bytes(forget=True)
     found: dict[str, list[Any]] = {"undisturbed": [], "deepspeed": [], "after": [], "at_once": []}

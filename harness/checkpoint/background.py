@@ -15,6 +15,10 @@ from harness.engine.holdings import SliceGroup
 from harness.heartbeat import mark
 
 MARK_S = 1.0
+TENSORS = 3
+"""Of every parameter: its master and two moments."""
+TOUCHED_ELEMENTS = 1 << 15
+"""As many as torch fills without its pool of threads."""
 NICENESS = 10
 """Of the thread that writes: on busy cores training goes first."""
 
@@ -24,6 +28,17 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def reserve(self, elements: list[int]) -> None:
+        """Make the memory beforehand, in any thread; what cannot be had is left to `take`, which tells.
+
+        Args:
+            elements: of the parameters in each group.
+        """
+        with contextlib.suppress(Exception), torch.cuda.device(self._device) if self._device is not None else contextlib.nullcontext():
+            for number, count in enumerate(elements):
+                self._buffer(number, TENSORS * count)
 
     def take(self, groups: Iterable[SliceGroup]) -> list[SliceGroup]:
         """Copy every group; the copy before is overwritten.
@@ -54,8 +69,13 @@ class Snapshot:
 
 
 def _host_memory(length: int) -> torch.Tensor:
-    """fp32 memory, registered with the GPU where there is one; torch's own pinned memory would be rounded up to a power of two."""
+    """fp32 memory, registered with the GPU where there is one; torch's own pinned memory would be rounded up to a power of two.
+
+    It gets its pages a little at a time, so that one core does it and the interpreter's lock is soon free again.
+    """
     memory = torch.empty(length, dtype=torch.float32)
+    for part in memory.split(TOUCHED_ELEMENTS):
+        part.zero_()
     if torch.cuda.is_initialized():
         torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     return memory

@@ -98,8 +98,8 @@ class CommonEngine(ABC):
         """The slices of master weights and moments that this rank owns, a bounded group at a time; see `slices.named_slices`."""
         return slices.named_slices(self.deepspeed, self.parameter_names(), to_host=to_host)
 
-    def owned_elements(self) -> int:
-        """Elements of the parameters that this rank writes into a checkpoint."""
+    def owned_elements(self) -> list[int]:
+        """Elements of the parameters that this rank writes into a checkpoint, by group of `named_slices`."""
         return slices.owned_elements(self.deepspeed, self.parameter_names())
 
     def held_slices(self) -> list[slices.Slice]:

@@ -51,15 +51,15 @@ def named_slices(engine: DeepSpeedEngine, names: dict[int, str], *, to_host: boo
                 yield _group(portion, step, to_host=to_host)
 
 
-def owned_elements(engine: DeepSpeedEngine, names: dict[int, str]) -> int:
-    """Elements of the parameters that this rank is to write, each with two moments.
+def owned_elements(engine: DeepSpeedEngine, names: dict[int, str]) -> list[int]:
+    """Elements of the parameters in each group that `named_slices` gives on this rank, each with two moments.
 
     Raises:
         Failure, Refused: as `named_slices`.
     """
     family = _family(engine, names)
-    pieces = [piece for holding in family.holdings for piece in holding.pieces if not piece.copy]
-    return sum(piece.slice.length for piece in pieces) if family.writes else 0
+    portions = [portion for window in family.windows() for portion in _portions(window)] if family.writes else []
+    return [sum(piece.slice.length for _, piece in portion) for portion in portions]
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class Trainer:
             self._clock, self._stood_s = now, 0.0
             if not self._is_running:
                 asked |= self._settle()
+                self.saver.get_ready()
             ended = self._boundary(asked)
         assert self._last is not None, "a run ends with an evaluation"
         return self._last

@@ -86,6 +86,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self._flight: Flight | None = None
         self._snapshot = Snapshot()
+        self._reserving: Behind | None = None
         self._fits: bool | None = None
         self._cleaning: Behind | None = None
         self._last_cost_s = 0.0
@@ -94,6 +95,13 @@ class Saver:
     def writing(self) -> bool:
         """Whether this rank's thread still writes."""
         return self._flight is not None and self._flight.behind is not None and not self._flight.behind.is_done
+
+    def get_ready(self) -> None:
+        """Make the memory for copies while training goes on: the first checkpoint would stand still for it. Collective, after the first step."""
+        settings = self.run.checkpoint
+        if (settings.every_steps or settings.every_minutes) and self._may_copy():
+            elements = self.engine.owned_elements()
+            self._reserving = Behind(lambda: self._snapshot.reserve(elements))
 
     def is_due(self) -> bool:
         """Whether the time since the last checkpoint asks for one; rank 0's clock decides for all."""
@@ -174,6 +182,8 @@ class Saver:
 
     def _write_behind(self, flight: Flight) -> None:
         """Copy, and let a thread write the copy; a rank that cannot copy tells the others at the end."""
+        if self._reserving is not None:
+            self._reserving.result()
         try:
             copies = self._snapshot.take(_marked(self.engine.named_slices(to_host=False)))
         except Exception as error:
@@ -187,7 +197,7 @@ class Saver:
             return False
         if self._fits is None:
             needs: dict[str, list[tuple[int, float]]] = {}
-            own = self.engine.owned_elements() * commit.BYTES_PER_PARAMETER
+            own = sum(self.engine.owned_elements()) * commit.BYTES_PER_PARAMETER
             for host, needed, free in distributed.gather_objects((self.world.host, own, memory.available_bytes())):
                 needs.setdefault(host, []).append((needed, math.inf if free is None else free))
             lacking = [text for host, ranks in needs.items() if (text := _lacking(host, ranks))]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from harness import memory
-from harness.checkpoint import commit, shelf
+from harness.checkpoint import background, commit, shelf
 from harness.checkpoint.background import Behind, Snapshot
 from harness.world import World
 from tests.checkpoint.fabricate import fields, groups, save, state
@@ -29,6 +30,29 @@ def test_a_copy_keeps_what_it_copied_and_its_memory_is_used_again(tmp_path):
     again = snapshot.take(groups(tensors, rank=0, ranks=1))
     assert [buffer.data_ptr() for buffer in snapshot._buffers] == buffers
     assert torch.equal(again[0].tensors["master"]["wte.weight"], tensors["master"]["wte.weight"])
+
+
+def test_memory_made_beforehand_is_what_the_copy_uses(monkeypatch):
+    tensors, snapshot = state(), Snapshot()
+    elements = [sum(part.length for part in group.slices) for group in groups(tensors, rank=0, ranks=1)]
+    snapshot.reserve(elements)
+    monkeypatch.setattr(background, "_host_memory", lambda length: pytest.fail(f"made {length} elements anew"))
+    copies = snapshot.take(groups(tensors, rank=0, ranks=1))
+    assert torch.equal(copies[0].tensors["master"]["wte.weight"], tensors["master"]["wte.weight"])
+
+
+def test_memory_that_cannot_be_had_beforehand_is_told_when_it_is_needed(monkeypatch):
+    tensors, snapshot, real = state(), Snapshot(), background._host_memory
+
+    def refuse(length):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(background, "_host_memory", refuse)
+    snapshot.reserve([1 << 40])
+    with pytest.raises(RuntimeError, match="no memory"):
+        snapshot.take(groups(tensors, rank=0, ranks=1))
+    monkeypatch.setattr(background, "_host_memory", real)
+    assert snapshot.take(groups(tensors, rank=0, ranks=1))
 
 
 def test_a_copy_takes_twelve_bytes_an_element_and_other_types_become_fp32():

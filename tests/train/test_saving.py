@@ -343,6 +343,31 @@ def short_of_memory(base: str, run_dir: str) -> bool:
     return bool(trainer.saver._snapshot._buffers)
 
 
+def who_makes_memory(base: str, run_dir: str) -> set[str]:
+    import threading
+
+    from harness.checkpoint import background
+
+    makers, original = [], background._host_memory
+
+    def host_memory(length: int) -> Any:
+        makers.append(threading.current_thread().name)
+        return original(length)
+
+    background._host_memory = host_memory
+    try:
+        trainer = train(base, run_dir, 4, every_steps=2)
+        trainer.fit()
+    finally:
+        background._host_memory = original
+    close(trainer)
+    return set(makers)
+
+
+def test_training_does_not_wait_for_the_memory_of_the_first_copy(base, ranks2, tmp_path):
+    assert ranks2.run(who_makes_memory, str(base), str(tmp_path / "run")) == [{"checkpoint"}, {"checkpoint"}]
+
+
 def test_where_the_copy_does_not_fit_training_waits(base, ranks2, tmp_path):
     assert ranks2.run(short_of_memory, str(base), str(tmp_path / "run")) == [False, False]
     saves = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
