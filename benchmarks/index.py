@@ -28,7 +28,7 @@ SHARD_TOKENS, LENGTH, BATCH = 4 << 20, 1024, 32
 def make(folder: Path, rows: int) -> int:
     """Write the set; returns how many rows it has."""
     import numpy as np
-    from harness_loader import VOCABULARY, _random_documents, _run_file, _write
+    from harness_loader import VOCABULARY, _random_documents, _run_file, write_shard
 
     from harness.data.encode import ShardJob
     from harness.data.packing import Packing, Plan, plan_folder
@@ -39,7 +39,7 @@ def make(folder: Path, rows: int) -> int:
     folder.mkdir()
     template, packing = Template("text", "plain"), Packing(LENGTH, "best_fit", "cut")
     job = ShardJob(shard_name(0), (), _run_file(folder).data, 0, {}, folder, "none", template, [], [0], wide=False)
-    entry = _write(folder, job, "synthetic", _random_documents(np.random.default_rng(0), SHARD_TOKENS), [])
+    entry = write_shard(folder, job, "synthetic", _random_documents(np.random.default_rng(0), SHARD_TOKENS), [])
     plans = plan_folder(folder, packing, "synthetic")
     plan = Plan.open(plans / f"{entry.name}.npy")
     count = -(-rows // plan.num_rows)

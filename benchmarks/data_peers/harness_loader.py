@@ -17,7 +17,8 @@ import pyarrow  # noqa: F401  the loader imports it when it opens a shard
 from protocol import BATCH, LENGTH, Reader, Request, serve
 
 from harness.config.schema import RunFile
-from harness.data.encode import Documents, ShardJob, _write
+from harness.data.documents import Documents
+from harness.data.encode import ShardJob, write_shard
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.prepare import prepare as prepare_run
 from harness.data.packing import Packing
@@ -81,7 +82,7 @@ def write_synthetic(folder: Path, *, tokens: int, seed: int) -> None:
     while made < tokens:
         documents = _random_documents(rng, min(SHARD_TOKENS, tokens - made))
         job = ShardJob(f"shard-{len(entries):05d}", (), data, seed, {}, folder, "none", template, [], [0], wide=False)
-        entries.append(_write(folder, job, fingerprint, documents, []))
+        entries.append(write_shard(folder, job, fingerprint, documents, []))
         made += len(documents.flat)
     write_index(folder, ShardSetIndex(fingerprint=fingerprint, backend="none", vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=0,
                                       template=template.to_dict(), tokenizer=[], columns=Shards.of(entries).columns, audit={}))
