@@ -1,9 +1,11 @@
 """How fast raw JSON Lines become a prepared set: `harness prepare`, beside the tokenizer alone on the same cores, and beside `datasets.map`.
 
 Every cell is a fresh process, and they take turns: A, B, C, A, B, C. The clock of a cell starts when its imports are done. The file is in the page
-cache. Of `prepare` everything counts: the digest of the file, reading, JSON, tokenising, writing, planning. Of the tokenizer alone only its calls
-count: texts and tokenizer are loaded before; the better of one thread a process and one process with all threads is what the others are compared
-to. Throughput is in MB (10^6 UTF-8 bytes) of the text columns a second; CPU seconds are those of a process and its children on the clock.
+cache. Of `prepare` everything counts: the digest of the file, tokenizers, reading, JSON, tokenising, writing, planning. Of the tokenizer alone only
+its calls count: texts and tokenizer are loaded before; the better of one thread a process and one process with all threads is what the others are
+compared to. The bare loop is the least that a program in Python can do: it reads lines and JSON, tokenises, and writes tokens to a file; its tokenizer
+is loaded before too. Throughput is in MB (10^6 UTF-8 bytes) of the text columns a second; CPU seconds are those of a process and its children on the
+clock.
 
 usage: python benchmarks/prepare.py --text FILE [--column NAME | --prompt NAME --completion NAME] --tokenizer FOLDER [--rounds N]
                                     [--sequence-length N] [--map-bytes N] [--cells NAME ...] [--work FOLDER] [--out FILE]
@@ -93,19 +95,48 @@ def tokenise(arguments: argparse.Namespace, share: int, shares: int, barrier: An
     answers.put((start, end, sum(map(size_of, batches)), cpu, tokens))
 
 
-def alone(arguments: argparse.Namespace, processes: int) -> Answer:
-    """The tokenizer alone in so many processes, from a common start to the last one's end."""
+def read_and_write(arguments: argparse.Namespace, share: int, shares: int, barrier: Any, answers: Any) -> None:
+    """One process of the bare loop, on its share of the file; puts what `tokenise` puts."""
+    import numpy as np
+    import orjson
+    from fastokens import Tokenizer
+
+    tokenizer, names = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json")), columns(arguments)
+    place, stop = (arguments.text.stat().st_size * part // shares for part in (share, share + 1))
+    texts, held, tokens = [], 0, 0
+    tokenizer.encode_batch_flat(["warm up, so that threads and tables are there"] * 64)
+    barrier.wait()
+    start, cpu = time.monotonic(), time.process_time()
+    with open(arguments.text, "rb", buffering=1 << 20) as stream, open(arguments.work / f"bare-{share}", "wb") as sink:
+        stream.seek(max(0, place - 1))
+        place += len(stream.readline()) - 1 if place else 0
+        while place < stop:
+            line = stream.readline()
+            place, held = place + len(line), held + len(line)
+            row = orjson.loads(line)
+            texts += [row[name] for name in names]
+            if held >= BATCH_BYTES or place >= stop:
+                ids = np.frombuffer(tokenizer.encode_batch_flat(texts)[0], np.uint32)
+                ids.astype(np.uint16).tofile(sink)
+                texts, held, tokens = [], 0, tokens + len(ids)
+    end, cpu = time.monotonic(), time.process_time() - cpu
+    answers.put((start, end, 0, cpu, tokens))
+
+
+def alone(arguments: argparse.Namespace, processes: int, target: Callable[..., None] = tokenise) -> Answer:
+    """The tokenizer alone, or the bare loop, in so many processes, from a common start to the last one's end."""
     os.environ.update(dict.fromkeys(THREADS[:2], str(figures.cores() // processes)))  # read by a child when it starts
     context = get_context("spawn")
     barrier, answers = context.Barrier(processes), context.Queue()
-    started = [context.Process(target=tokenise, args=(arguments, share, processes, barrier, answers)) for share in range(processes)]
+    started = [context.Process(target=target, args=(arguments, share, processes, barrier, answers)) for share in range(processes)]
     for process in started:
         process.start()
     parts = [answers.get(timeout=CELL_LIMIT_S) for _ in started]
     for process in started:
         process.join()
     starts, ends, sizes, cpu, tokens = zip(*parts, strict=True)
-    return {"seconds": max(ends) - min(starts), "bytes": sum(sizes), "cpu_s": sum(cpu), "tokens": sum(tokens)}
+    measured = {"bytes": sum(sizes)} if any(sizes) else {}  # else all of the file
+    return {"seconds": max(ends) - min(starts), "cpu_s": sum(cpu), "tokens": sum(tokens)} | measured
 
 
 def prepare(arguments: argparse.Namespace, processes: int | None) -> Answer:
@@ -163,6 +194,7 @@ def map_datasets(arguments: argparse.Namespace) -> Answer:
 CELLS: dict[str, Callable[[argparse.Namespace], Answer]] = {
     "tokenizer alone, processes": lambda arguments: alone(arguments, figures.cores()),
     "tokenizer alone, threads": lambda arguments: alone(arguments, 1),
+    "bare loop, processes": lambda arguments: alone(arguments, figures.cores(), read_and_write),
     "harness": lambda arguments: prepare(arguments, None),
     "harness, 1 process": lambda arguments: prepare(arguments, 1),
     "harness, 2 processes": lambda arguments: prepare(arguments, 2),
