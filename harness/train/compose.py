@@ -63,8 +63,6 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     """
     run = loaded.run
     device, attempt, stop = _meet(loaded, world, use_gpu=use_gpu, attempt=attempt)
-    collector.as_usual()
-    number = attempt.number
     mark("build")
     config = load_config(loaded)
     data = open_data(run)
@@ -80,7 +78,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     disks = _find_disks(run, world)
     found = _newest_checkpoint(run.run_path, disks)
     changes = Changes.since(run, data, found)
-    _note(run.run_path, "start", attempt=number, began=began(), phases=spent(), ranks=world.size, host=world.host, rows=table.fingerprint,
+    _note(run.run_path, "start", attempt=attempt.number, began=began(), phases=spent(), ranks=world.size, host=world.host, rows=table.fingerprint,
           first_row=changes.first_row(found), passed=changes.passed(found))
     engine = _build_engine(run, config, ds_config, device=device, found=found)
     _check_room(run, engine, disks)
@@ -103,7 +101,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         _note(run.run_path, kind, **facts)
 
     witness = Witness(run, engine, data, grid, batch.rows)
-    saver = Saver(run, engine, witness, world, disks, recorder, ds_config, attempt=number, stands=progress.step)
+    saver = Saver(run, engine, witness, world, disks, recorder, ds_config, attempt=attempt.number, stands=progress.step)
     trainer = Trainer(
         run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device),
         hearing=hearing, recorder=recorder,
@@ -118,15 +116,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     try:
         if found:
             witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
-        whole = distributed.broadcast_object(data.is_whole)
-        if progress.step == 0 and run.evaluation.at_start and not whole:
-            say("The evaluation before the first step is left out: the validation set is still being prepared.")
-        elif progress.step == 0 and run.evaluation.at_start:
-            trainer.first_look()
-        elif progress.step >= course.total_steps and trainer.is_evaluated:
-            say(f"The run already has its {course.total_steps} steps; evaluating its newest checkpoint.")
-            return trainer.evaluate()
-        return trainer.fit()
+        return _go(trainer, is_whole=distributed.broadcast_object(data.is_whole))
     finally:
         trainer.course.loader.close()
         data.close()
@@ -134,7 +124,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
 
 
 def _meet(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | None) -> tuple[torch.device, Attempt, StopFlag]:
-    """Meet the other ranks; from then on there are logs and stacks, and requests are flags."""
+    """Meet the other ranks; from then on there are logs and stacks, requests are flags, and all libraries are loaded."""
     mark("meet")
     device = distributed.init(world, use_gpu=use_gpu, timeout_minutes=loaded.run.engine.timeout_minutes)
     number = distributed.broadcast_object(attempt.number if attempt else 0)
@@ -144,7 +134,21 @@ def _meet(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     stop = StopFlag()
     stop.install()
     Guard(stop).start()
+    collector.as_usual()
     return device, attempt, stop
+
+
+def _go(trainer: Trainer, *, is_whole: bool) -> Evaluation:
+    """From where the run stands to its last evaluation; before its first step it has a look, where all is prepared."""
+    step, total = trainer.progress.step, trainer.course.total_steps
+    if step == 0 and trainer.run.evaluation.at_start and not is_whole:
+        say("The evaluation before the first step is left out: the validation set is still being prepared.")
+    elif step == 0 and trainer.run.evaluation.at_start:
+        trainer.first_look()
+    elif step >= total and trainer.is_evaluated:
+        say(f"The run already has its {total} steps; evaluating its newest checkpoint.")
+        return trainer.evaluate()
+    return trainer.fit()
 
 
 def _is_evaluated(run: RunFile, found: tuple[Path, Manifest] | None, course: Course) -> bool:
