@@ -169,8 +169,8 @@ ABOVE = [
     Above(name="deepspeed-launch-killed", struck="kill -9 of DeepSpeed's launch.py", follows=GOES_ON.replace("code 75, ", "`deepspeed` answers 0; "),
           launcher="deepspeed", victims=("starter",), number=KILL, code="0"),
     Above(name="deepspeed-rank-killed", struck="kill -9 of rank 1 under `deepspeed`",
-          follows="`deepspeed` answers 247; `lost` or `stopped`; the same command goes on, same losses",
-          launcher="deepspeed", victims=("rank 1",), number=KILL, code="247", state="lost|stopped"),
+          follows="`deepspeed` answers 75 or 247, as the rank that it finds gone first; `lost` or `stopped`; the same command goes on, same losses",
+          launcher="deepspeed", victims=("rank 1",), number=KILL, code="75|247", state="lost|stopped"),
     Above(name="torchrun-killed", struck="kill -9 of `torchrun`", follows=GOES_ON.replace("code 75, ", ""), launcher="torchrun",
           victims=("launcher",), number=KILL),
 ]
