@@ -15,8 +15,6 @@ from harness.engine.holdings import SliceGroup
 from harness.heartbeat import mark
 
 MARK_S = 1.0
-TENSORS = 3
-"""Of every parameter: its master and two moments."""
 TOUCHED_ELEMENTS = 1 << 15
 """As many as torch fills without its pool of threads."""
 NICENESS = 10
@@ -28,17 +26,24 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._is_given_up = False
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
-    def reserve(self, elements: list[int]) -> None:
+    def reserve(self, lengths: list[int]) -> None:
         """Make the memory beforehand, in any thread; what cannot be had is left to `take`, which tells.
 
         Args:
-            elements: of the parameters in each group.
+            lengths: elements of all tensors of each group.
         """
         with contextlib.suppress(Exception), torch.cuda.device(self._device) if self._device is not None else contextlib.nullcontext():
-            for number, count in enumerate(elements):
-                self._buffer(number, TENSORS * count)
+            for number, length in enumerate(lengths):
+                if self._is_given_up:
+                    return
+                self._buffer(number, length)
+
+    def give_up(self) -> None:
+        """Let `reserve` end soon: a thread that is within torch when the interpreter ends would abort the process."""
+        self._is_given_up = True
 
     def take(self, groups: Iterable[SliceGroup]) -> list[SliceGroup]:
         """Copy every group; the copy before is overwritten.

@@ -108,7 +108,7 @@ class Data(Section):
     broken_rows: Literal["refuse", "drop"] = fixed("refuse", description="A row that cannot be read is refused, or dropped and counted.")
     max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
     accept_appended: bool = free(False, description="Go on when shards were added since the run began: a new epoch over all rows begins.")
-    num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core.")
+    num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core, and this one alone where there is little text.")
 
 
 class Model(Section):

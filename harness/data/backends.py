@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 FAST, ORACLE = "fastokens", "tokenizers"
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2, 256
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 256
 PROBES = (
     "", " ", "  two  spaces ", "\n\n\t tabs\r\nand returns\r", "It's we'll I'M they'd",
     "1234567890 3.14159 1,000,000 ２０２４ ½", "naïve café Ångström ﬁ ǅ e\u0301 İ",
@@ -50,7 +50,7 @@ class Backend:
             ids = [encoding.ids for encoding in self._oracle.encode_batch_fast(texts, add_special_tokens=False)]
             offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)])
             return np.fromiter((token for one in ids for token in one), np.uint32, count=int(offsets[-1])), offsets
-        self.check([text[:SAMPLE_CHARACTERS] for text in texts[:: max(1, len(texts) // SAMPLE_TEXTS)][:SAMPLE_TEXTS]])
+        self.check([texts[place][:SAMPLE_CHARACTERS] for place in np.linspace(0, len(texts) - 1, min(SAMPLE_TEXTS, len(texts)), dtype=int)])
         return _encode_fast(self._fast, texts)
 
     def check(self, texts: Sequence[str]) -> None:

@@ -118,6 +118,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
             witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
         return _go(trainer, is_whole=distributed.broadcast_object(data.is_whole))
     finally:
+        saver.close()
         trainer.course.loader.close()
         data.close()
         recorder.close()

@@ -17,6 +17,7 @@ from harness.config.deepspeed import offload_device
 from harness.config.schema import RunFile
 from harness.errors import Failure
 from harness.formats import ledger
+from harness.formats.manifest import KINDS
 from harness.heartbeat import mark
 from harness.log import say
 from harness.train.certify import Witness
@@ -100,8 +101,14 @@ class Saver:
         """Make the memory for copies while training goes on: the first checkpoint would stand still for it. Collective, after the first step."""
         settings = self.run.checkpoint
         if (settings.every_steps or settings.every_minutes) and self._may_copy():
-            elements = self.engine.owned_elements()
-            self._reserving = Behind(lambda: self._snapshot.reserve(elements))
+            lengths = [len(KINDS) * count for count in self.engine.owned_elements()]
+            self._reserving = Behind(lambda: self._snapshot.reserve(lengths))
+
+    def close(self) -> None:
+        """Leave no thread at work on memory for copies."""
+        self._snapshot.give_up()
+        if self._reserving is not None:
+            self._reserving.result()
 
     def is_due(self) -> bool:
         """Whether the time since the last checkpoint asks for one; rank 0's clock decides for all."""

@@ -34,11 +34,17 @@ def test_a_copy_keeps_what_it_copied_and_its_memory_is_used_again(tmp_path):
 
 def test_memory_made_beforehand_is_what_the_copy_uses(monkeypatch):
     tensors, snapshot = state(), Snapshot()
-    elements = [sum(part.length for part in group.slices) for group in groups(tensors, rank=0, ranks=1)]
-    snapshot.reserve(elements)
+    snapshot.reserve([3 * sum(part.length for part in group.slices) for group in groups(tensors, rank=0, ranks=1)])
     monkeypatch.setattr(background, "_host_memory", lambda length: pytest.fail(f"made {length} elements anew"))
     copies = snapshot.take(groups(tensors, rank=0, ranks=1))
     assert torch.equal(copies[0].tensors["master"]["wte.weight"], tensors["master"]["wte.weight"])
+
+
+def test_memory_is_no_longer_made_once_it_is_given_up():
+    snapshot = Snapshot()
+    snapshot.give_up()
+    snapshot.reserve([1 << 40])
+    assert not snapshot._buffers
 
 
 def test_memory_that_cannot_be_had_beforehand_is_told_when_it_is_needed(monkeypatch):

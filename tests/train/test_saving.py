@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def train(
 def close(trainer: Trainer) -> None:
     from harness import distributed
 
+    trainer.saver.close()
     trainer.saver.witness.data.close()
     trainer.engine.close()
     distributed.barrier()
@@ -333,19 +335,14 @@ def test_a_stop_that_leaves_no_time_saves_nothing_and_says_what_stands(base, ran
 def short_of_memory(base: str, run_dir: str) -> bool:
     from harness import memory
 
-    original, memory.available_bytes = memory.available_bytes, lambda: 100_000
-    try:
+    with mock.patch.object(memory, "available_bytes", lambda: 100_000):
         trainer = train(base, run_dir, 4, every_steps=2)
         trainer.fit()
-    finally:
-        memory.available_bytes = original
     close(trainer)
     return bool(trainer.saver._snapshot._buffers)
 
 
 def who_makes_memory(base: str, run_dir: str) -> set[str]:
-    import threading
-
     from harness.checkpoint import background
 
     makers, original = [], background._host_memory
@@ -354,12 +351,9 @@ def who_makes_memory(base: str, run_dir: str) -> set[str]:
         makers.append(threading.current_thread().name)
         return original(length)
 
-    background._host_memory = host_memory
-    try:
+    with mock.patch.object(background, "_host_memory", host_memory):
         trainer = train(base, run_dir, 4, every_steps=2)
         trainer.fit()
-    finally:
-        background._host_memory = original
     close(trainer)
     return set(makers)
 
