@@ -29,7 +29,7 @@ class Guard:
     """Watches the launchers above this rank.
 
     Args:
-        stop: set when one of them is gone.
+        stop: set when one of them is gone, unless it is already.
         leash_s: seconds until this process is ended in any case.
     """
 
@@ -45,7 +45,8 @@ class Guard:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2})
         while not (gone := [ancestor for ancestor in self.above if ancestor.is_gone]):
             time.sleep(_LOOK_S)
-        self.stop.reason = self.stop.reason or f"{gone[0].name} (process {gone[0].pid}), which started this rank, is gone"
-        say(f"{self.stop.reason}; stopping.")
+        found = f"{gone[0].name} (process {gone[0].pid}), which started this rank, is gone"
+        self.stop.reason = self.stop.reason or found  # the kernel may have asked before, as a starter's death does
+        say(f"{found}; stopping.")
         time.sleep(self.leash_s)
         os._exit(EXIT_RESUME_ME)
