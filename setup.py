@@ -38,6 +38,7 @@ setup(
         "PyYAML>=6",
         "Jinja2>=3.1",
         "rich>=13",
+        "plotly>=6",
         "psutil",
         "ninja",
         "setuptools",

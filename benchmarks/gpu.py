@@ -19,13 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 LENGTH = 1024
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # bf16 dense; NVIDIA's data sheets
 WARM_UP = 5
-
-
-def flops_per_token(parameters: int, config: Any) -> float:
-    """6 N + 12 L d T (PaLM, Chowdhery et al. 2022, appendix B), the tied embedding counted once."""
-    return 6 * parameters + 12 * config.n_layer * config.n_embd * LENGTH
 
 
 def _settings(name: str, micro_batch: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -66,7 +60,7 @@ def _timed(step: Callable[[int], None], steps: int) -> dict[str, float]:
 def harness_loop(name: str, micro_batch: int, steps: int, device: Any) -> dict[str, float]:
     """The harness's engine with its agreement a step."""
     from harness.engine.zero import ZeroEngine
-    from harness.model.build import num_parameters
+    from harness.model.flops import flops_per_token
     from harness.resilience.agreement import Agreement
     from harness.testing.rows import cut, random_rows
 
@@ -80,7 +74,7 @@ def harness_loop(name: str, micro_batch: int, steps: int, device: Any) -> dict[s
         agreement.collect()
         agreement.offer(result.loss_sum, result.aux_loss_sum, stop=False, save=False)
 
-    answer = _timed(step, steps) | {"flops": flops_per_token(num_parameters(engine.whole_model()), config)}
+    answer = _timed(step, steps) | {"flops": flops_per_token(engine.whole_model(), LENGTH)}
     engine.close()
     return answer
 
@@ -94,7 +88,8 @@ def bare_loop(name: str, micro_batch: int, steps: int, device: Any) -> dict[str,
 
     from harness.config.deepspeed import offload_device
     from harness.engine.optimizer import build_optimizer
-    from harness.model.build import decay_groups, num_parameters
+    from harness.model.build import decay_groups
+    from harness.model.flops import flops_per_token
     from harness.testing.rows import random_rows
 
     run, config, ds_config = _settings(name, micro_batch)
@@ -108,7 +103,7 @@ def bare_loop(name: str, micro_batch: int, steps: int, device: Any) -> dict[str,
         engine.backward(engine(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss)
         engine.step()
 
-    answer = _timed(step, steps) | {"flops": flops_per_token(num_parameters(model), config)}
+    answer = _timed(step, steps) | {"flops": flops_per_token(model, LENGTH)}
     engine.destroy()
     del alive
     return answer
@@ -121,6 +116,7 @@ def main() -> int:
     from rich.table import Table
 
     from harness import distributed, world
+    from harness.model.flops import peak_flops
     from harness.units import format_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +129,7 @@ def main() -> int:
         return 2
     device = distributed.init(world.World(), use_gpu=True, timeout_minutes=5)
     name = torch.cuda.get_device_name()
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops(name, "bf16")
     table = Table("cell", "loop", "tokens/s", "MFU", "step (median)", "step (wall)", "peak memory",
                   title=f"{name}: GPT-2 124M, bf16, {LENGTH} tokens, packed", title_justify="left")
     for cell in arguments.cells:

@@ -92,6 +92,12 @@ harness_slurm() { # a Slurm on those hosts; returns 1 where it cannot be had
   return 1
 }
 
+harness_browser() { # a browser, in which pages are looked at; returns 1 where it cannot be had
+  if command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || harness_quietly chromium; then return 0; fi
+  echo "Chromium is missing, so pages cannot be tried (Debian: apt-get install chromium)." >&2
+  return 1
+}
+
 harness_step() { # LOG LABEL COMMAND ...: runs it quietly, tells the seconds as they pass, and the end of its log if it fails
   local log=$1 label=$2 status=0 ticker
   shift 2

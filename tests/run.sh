@@ -18,5 +18,6 @@ harness_mpi || true # its tests say that they were skipped
 if [ "$selection" = "not gpu" ]; then harness_mpich || true; fi
 harness_cluster || true # these too
 if [ "$selection" = "not gpu" ]; then harness_slurm || true; fi # and these, which are long
+if [ "$selection" = "not gpu" ]; then harness_browser || true; fi
 python -c 'import sys; from harness.launch import operators; operators.build(sys.argv[1:], speak=True)' "${operators[@]}"
 exec python -m pytest -m "$selection" "$@"

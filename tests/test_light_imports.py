@@ -13,7 +13,7 @@ LIGHT = [
     "harness.errors", "harness.files", "harness.units", "harness.world", "harness.log", "harness.config.load", "harness.config.rules",
     "harness.config.deepspeed", "harness.formats.index", "harness.formats.manifest", "harness.formats.metrics", "harness.formats.outcome",
     "harness.formats.ledger", "harness.launch.local", "harness.launch.operators", "harness.launch.node", "harness.launch.again", "harness.launch.slurm", "harness.launch.kubernetes",
-    "harness.supervise.relaunch", "harness.supervise.slurm", "harness.supervise.kubernetes", "harness.review.goodput", "harness.cli.review", "harness.heartbeat", "harness.cli.main", "harness.cli.launch",
+    "harness.supervise.relaunch", "harness.supervise.slurm", "harness.supervise.kubernetes", "harness.review.goodput", "harness.review.summary", "harness.review.limits", "harness.review.page", "harness.cli.review", "harness.heartbeat", "harness.cli.main", "harness.cli.launch",
     "harness.data.order", "harness.data.rows", "harness.data.loader",
     "harness.preflight.machine", "harness.preflight.remote", "harness.preflight.ranks", "harness.cli.doctor",
 ]

@@ -22,7 +22,7 @@ def test_every_command_of_the_readme_parses(repository):
     commands = re.findall(r"^harness .*$", _readme(repository), re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
+        build_parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_every_verb_is_in_the_readme(repository):

@@ -19,7 +19,7 @@ VERBS = {
     "verify": "does a run's newest checkpoint hold, and is it what was saved",
     "export": "a Hugging Face folder from a checkpoint",
     "generate": "answer a prompt with an exported folder",
-    "review": "what the time of a run went to, over all its restarts",
+    "review": "what a run learned, how fast it was, and what its time and memory went to; several runs side by side",
     "data": "which documents a step trained on; when a row was trained",
 }
 
@@ -43,8 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     added["doctor"].add_argument("--json", action="store_true", help="for programs")
     added["verify"].add_argument("run_dir", metavar="RUN_DIR")
     added["verify"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400; by default the newest")
-    added["review"].add_argument("run_dir", metavar="RUN_DIR")
-    added["review"].add_argument("--json", action="store_true", help="as one JSON object, in seconds")
+    added["review"].add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run; the others are compared with the first")
+    added["review"].add_argument("--html", metavar="FILE", help="also write a page with pictures, which opens without a network")
+    added["review"].add_argument("--fail-if", action="append", default=[], metavar="CONDITION",
+                                 help="end with code 4 if it holds of a run: 'tokens_per_second < 1000', 'eval_loss > 1.02x' (times the first run's)")
+    added["review"].add_argument("--json", action="store_true", help="as one JSON object; its names are those of the conditions")
     added["export"].add_argument("run_dir", metavar="RUN_DIR")
     added["export"].add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
     added["export"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400, or best; by default the newest")

@@ -1,4 +1,4 @@
-"""`harness review`: what the time of a run went to."""
+"""`harness review`: what a run learned, how fast it was, and what its time and memory went to; several runs side by side."""
 
 from __future__ import annotations
 
@@ -8,30 +8,77 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import EXIT_DONE
+from harness import files
+from harness.errors import EXIT_CHECK_FAILED, EXIT_DONE
 from harness.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from harness.review.goodput import Goodput
+    from harness.review.summary import Summary
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print where the wall clock went, and what each attempt took to its first step."""
-    from harness.review.goodput import goodput
+    """Print tables, write the page that is asked for, and judge the conditions."""
+    from harness.review import limits
+    from harness.review.summary import summarize
 
-    found = goodput(Path(arguments.run_dir))
+    conditions = [limits.parse(text, num_runs=len(arguments.run_dirs)) for text in arguments.fail_if]
+    summaries = [summarize(Path(folder)) for folder in arguments.run_dirs]
+    if arguments.html:
+        from harness.review.page import render
+
+        files.write_text(Path(arguments.html), render(summaries))
     if arguments.json:
-        print(json.dumps(found.as_json(), ensure_ascii=False))
-        return EXIT_DONE
+        whole = summaries[0].as_json() if len(summaries) == 1 else {"runs": [one.as_json() for one in summaries]}
+        print(json.dumps(whole, ensure_ascii=False, default=str))
+    else:
+        _print(summaries)
+        if arguments.html:
+            print(f"page: {arguments.html}")
+    failures = [told for condition in conditions for told in condition.failures(summaries)]
+    for told in failures:
+        print(told, file=sys.stderr)
+    return EXIT_CHECK_FAILED if failures else EXIT_DONE
+
+
+def _print(summaries: list[Summary]) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(_time(found), _starts(found), sep="\n")
-    attempts = "1 attempt" if len(found.starts) == 1 else f"{len(found.starts)} attempts"
-    print(f"goodput {found.share:.1%} of {format_seconds(found.wall_s)} in {attempts}")
-    return EXIT_DONE
+    if len(summaries) == 1:
+        (one,) = summaries
+        console.print(_facts(summaries), _time(one.time), _starts(one.time), sep="\n")
+    else:
+        console.print(_facts(summaries), _differences(summaries), sep="\n")
+    for one in summaries:
+        for step, seconds, where, spent_s in one.slowest():
+            print(f"{one.name}: step {step} took {format_seconds(seconds)}, {format_seconds(spent_s)} of it in {where}")
+    for one in summaries:
+        attempts = "1 attempt" if len(one.time.starts) == 1 else f"{len(one.time.starts)} attempts"
+        name = f"{one.name}: " if len(summaries) > 1 else ""
+        print(f"{name}goodput {one.time.share:.1%} of {format_seconds(one.time.wall_s)} in {attempts}")
+
+
+def _facts(summaries: list[Summary]) -> Table:
+    """A row a number."""
+    from harness.review.summary import comparison
+
+    head, *rows = comparison(summaries)
+    table = _table(*head)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _differences(summaries: list[Summary]) -> Table:
+    from harness.review.summary import differences
+
+    table = _table("settings that differ", *(one.name for one in summaries))
+    for key, values in differences(summaries):
+        table.add_row(key, *("" if value is None else str(value) for value in values))
+    return table
 
 
 def _time(found: Goodput) -> Table:

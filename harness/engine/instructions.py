@@ -6,61 +6,14 @@ of its own. Nothing of DeepSpeed itself is patched.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from harness import distributed
+from harness.engine.clock import Clock
 from harness.heartbeat import mark
-
-
-@dataclass
-class Clock:
-    """When this rank worked, within one schedule.
-
-    On a GPU the marks are events on its stream, read after the step, so that nothing waits for them.
-
-    Args:
-        device: where this rank computes.
-    """
-
-    device: torch.device
-    started: Any = None
-    spans: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def start(self) -> None:
-        """The schedule begins."""
-        self.started, self.spans = self._mark(), []
-
-    def work(self, action: Callable[[], None]) -> None:
-        """Run a forward or a backward."""
-        before = self._mark()
-        action()
-        self.spans.append((before, self._mark()))
-
-    def busy_s(self) -> float:
-        """Seconds in forwards and backwards."""
-        return sum(self._between(*span) for span in self.spans)
-
-    def window_s(self) -> float:
-        """Seconds from the start to the end of the last backward."""
-        return self._between(self.started, self.spans[-1][1]) if self.spans else 0.0
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, before: Any, after: Any) -> float:
-        if self.device.type != "cuda":
-            return after - before
-        after.synchronize()
-        return before.elapsed_time(after) / 1000
 
 
 def take_over(engine: Any, clock: Clock, before_forward: Callable[[], None]) -> None:
@@ -68,7 +21,7 @@ def take_over(engine: Any, clock: Clock, before_forward: Callable[[], None]) -> 
 
     Args:
         engine: DeepSpeed's `PipelineEngine`.
-        clock: told of every forward and backward.
+        clock: told of every forward and backward, and of the update.
         before_forward: called before each forward.
     """
     from deepspeed.runtime.pipe import schedule
@@ -78,16 +31,19 @@ def take_over(engine: Any, clock: Clock, before_forward: Callable[[], None]) -> 
     def forward(self: Any, **kwargs: Any) -> None:
         mark("forward")
         before_forward()
-        clock.work(lambda: stock[schedule.ForwardPass](self, **kwargs))
+        with clock.span("forward"):
+            stock[schedule.ForwardPass](self, **kwargs)
 
     def backward(self: Any, **kwargs: Any) -> None:
         mark("backward")
-        clock.work(lambda: stock[schedule.BackwardPass](self, **kwargs))
+        with clock.span("backward"):
+            stock[schedule.BackwardPass](self, **kwargs)
         self.pipe_buffers["outputs"][kwargs["buffer_id"]] = None  # DeepSpeed keeps the last stage's logits until the buffer's next turn
 
     def step(self: Any, **kwargs: Any) -> None:
         mark("step")
-        stock[schedule.OptimizerStep](self, **kwargs)
+        with clock.span("update"):
+            stock[schedule.OptimizerStep](self, **kwargs)
 
     engine._INSTRUCTION_MAP = stock | {
         schedule.ForwardPass: forward, schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_tied_gradients,

@@ -16,8 +16,9 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from harness import distributed
 from harness.config.deepspeed import offload_device, zero
 from harness.config.schema import RunFile
+from harness.engine.clock import WORK, Clock
 from harness.engine.common import CommonEngine, initialize
-from harness.engine.instructions import Clock, take_over
+from harness.engine.instructions import take_over
 from harness.engine.optimizer import build_optimizer
 from harness.engine.steps import StepResult, evaluation_sums, seed_micro_batch
 from harness.errors import Refused
@@ -148,11 +149,12 @@ class PipelineEngine(CommonEngine):
         mark("forward", step)
         self.clock.start()
         self.deepspeed.train_batch(iter([self._item(micro) for micro in batch.micro_batches]))
-        busy = self.clock.busy_s()
+        seconds = self.clock.seconds()
+        busy = sum(seconds.get(name, 0.0) for name in WORK)
         self._worked.append(busy)
         return StepResult(
             self._sums[0].clone(), torch.zeros_like(self._sums[0]), batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied(),
-            busy_s=busy, window_s=self.clock.window_s() if self.grid.is_first else 0.0,
+            seconds=lambda: seconds, busy_s=busy, window_s=self.clock.window_s() if self.grid.is_first else 0.0,
         )
 
     def _before_forward(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ class StepResult:
         trained_tokens: trained tokens of the whole global batch.
         grad_norm: gradient norm before clipping, over all ranks.
         applied: False when the step was skipped because a gradient was not finite.
+        seconds: gives what this rank's forwards, backwards and update took, by these names; on a GPU it waits for their end.
         busy_s: seconds in which this rank ran forwards and backwards; 0 where there is no pipeline.
         window_s: on ranks of the first pipeline stage, seconds from the start of the step to the end of its last backward,
             which is the last one of the pipeline; 0 elsewhere.
@@ -29,6 +31,7 @@ class StepResult:
     trained_tokens: int
     grad_norm: float
     applied: bool
+    seconds: Callable[[], dict[str, float]] = dict
     busy_s: float = 0.0
     window_s: float = 0.0
 

@@ -12,6 +12,7 @@ import torch
 from harness import distributed
 from harness.config.deepspeed import offload_device, zero
 from harness.config.schema import RunFile
+from harness.engine.clock import Clock
 from harness.engine.common import CommonEngine, initialize
 from harness.engine.holdings import parameter_names
 from harness.engine.optimizer import build_optimizer
@@ -118,13 +119,14 @@ class ZeroEngine(CommonEngine):
         self.set_lr(lr)
         self.deepspeed.train()
         tokens, ranks = max(batch.trained_tokens, 1), distributed.size()
-        share = 1.0 / (ranks * len(batch.micro_batches))
+        share, clock = 1.0 / (ranks * len(batch.micro_batches)), Clock(self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for micro in batch.micro_batches:
             mark("forward", step)
             seed_micro_batch(self.run.train.seed, step=step, first_row=micro.first_row)
-            output = self._forward(micro, tokens=tokens)
+            with clock.span("forward"):
+                output = self._forward(micro, tokens=tokens)
             loss, aux = output.loss, getattr(output, "aux_loss", None)
             if aux is not None and self._aux_coefficient:
                 loss_sum += (loss.detach() - self._aux_coefficient * aux.detach()).double() * tokens
@@ -133,10 +135,14 @@ class ZeroEngine(CommonEngine):
             else:
                 loss_sum += loss.detach().double() * tokens
             mark("backward")
-            self.deepspeed.backward(loss * ranks, scale_wrt_gas=False)
+            with clock.span("backward"):
+                self.deepspeed.backward(loss * ranks, scale_wrt_gas=False)
             mark("step")
-            self.deepspeed.step()
-        return StepResult(loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied())
+            with clock.span("update"):
+                self.deepspeed.step()
+        return StepResult(
+            loss_sum, aux_sum, batch.trained_tokens, self.grad_norm(), self.deepspeed.was_step_applied(), seconds=clock.seconds
+        )
 
     def _forward(self, batch: Batch, *, tokens: int) -> Any:
         return self._judged(self.widen(batch), tokens=tokens)

@@ -13,7 +13,7 @@ VERSION = 1
 NAME = "events.jsonl"
 KINDS = (
     "launch", "asked", "start", "running", "relaunch", "stop", "finish", "save", "unsaved", "resume", "skip", "anomaly", "evaluation", "imbalance", "appended",
-    "rollback",
+    "rollback", "trace",
 )
 
 

@@ -33,6 +33,11 @@ METRICS: dict[str, Metric] = {
     "optim/skipped": Metric("steps", "1 when the update was skipped because a gradient was not finite.", "same"),
     "speed/step_seconds": Metric("s", "Wall-clock of the step, data included, evaluation and saving left out.", "main"),
     "speed/tokens_per_second": Metric("tokens/s", "Positions of the global batch, padding included, by step_seconds.", "main"),
+    "speed/forward_seconds": Metric("s", "Time in the step's forwards; on a GPU that of its stream.", "main"),
+    "speed/backward_seconds": Metric("s", "Time in the step's backwards, with the reductions that run beside them.", "main"),
+    "speed/update_seconds": Metric("s", "Time in the optimizer: what is left to reduce, clipping, the update, offload.", "main"),
+    "speed/flops_per_rank": Metric("FLOP/s", "What the model needs for a token (6 N + 12 L d T), by tokens_per_second and ranks.", "same"),
+    "speed/mfu": Metric("share", "Model FLOPs utilisation: flops_per_rank by the dense peak of the GPU in the run's precision.", "same"),
     "speed/data_wait_seconds": Metric("s", "Time in which the step waited for its batch.", "main"),
     "speed/pipeline_idle_share": Metric("share", "Part of the step's forwards and backwards in which the mean stage waited for others.", "mean"),
     "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process.", "main"),
@@ -40,6 +45,20 @@ METRICS: dict[str, Metric] = {
     "checkpoint/stall_seconds": Metric("s", "Time in which training stood still for the checkpoint of the step.", "main"),
     "checkpoint/save_seconds": Metric("s", "What the checkpoint took in all: stall_seconds, and writing in the background.", "main"),
 }
+
+CHARTS = {
+    "loss": {"training and evaluation": ["Multiline", ["train/loss", "eval/loss", "eval/.+/loss"]]},
+    "where a step's time goes": {
+        "seconds": ["Multiline", ["speed/(step|forward|backward|update|data_wait)_seconds"]],
+        "standing still for checkpoints": ["Multiline", ["checkpoint/.+"]],
+    },
+    "use of the hardware": {
+        "tokens/s": ["Multiline", ["speed/tokens_per_second"]],
+        "shares": ["Multiline", ["speed/mfu", "speed/pipeline_idle_share"]],
+        "memory": ["Multiline", ["memory/.+"]],
+    },
+}
+"""TensorBoard's tab of custom scalars: charts by category, each with patterns of the tags that it shows together."""
 
 
 def check(tag: str) -> str:

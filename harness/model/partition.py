@@ -11,6 +11,7 @@ import torch
 
 from harness.errors import Refused
 from harness.model.families import family_of
+from harness.model.flops import attention_width
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,8 +106,7 @@ def flop_costs(model: Any, *, sequence_length: int, recompute_every: int = 0) ->
     heads times their width. Looking tokens up costs nothing.
     """
     parameters, config = parameter_costs(model), model.config.get_text_config()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    blocks = (6 * block + 12 * width * sequence_length for block in parameters.blocks)
+    blocks = (6 * block + 12 * attention_width(config) * sequence_length for block in parameters.blocks)
     recomputed = (4 / 3 if recompute_every and number % recompute_every == 0 else 1.0 for number in range(len(parameters.blocks)))
     return Costs(0.0, tuple(cost * more for cost, more in zip(blocks, recomputed, strict=True)), 6 * parameters.head)
 

@@ -17,6 +17,9 @@ FAILED = 2.0**24
 WRITING = 2.0**24
 """What a rank that still writes its part of a checkpoint adds to the number of ranks that were asked to save."""
 
+TRACE = 2.0**24
+"""What a rank that was asked for a trace adds to the number of ranks on the first stage of a pipeline."""
+
 
 def fail_together(error: HarnessError | None) -> NoReturn:
     """End all ranks with the message of the first that failed, so that rank 0 can say it. Collective.
@@ -43,6 +46,7 @@ class Agreed:
         aux_loss: mean of the auxiliary losses.
         finite: every rank's loss was finite.
         idle_share: part of the step in which the mean rank of a pipeline waited for others; None where there is none.
+        trace: a rank was asked for a trace.
     """
 
     stop: bool
@@ -53,6 +57,7 @@ class Agreed:
     aux_loss: float
     finite: bool
     idle_share: float | None = None
+    trace: bool = False
 
 
 class Agreement:
@@ -68,7 +73,7 @@ class Agreement:
 
     def offer(
         self, loss_sum: torch.Tensor, aux_sum: torch.Tensor, *, stop: bool, save: bool, failed: bool = False, writing: bool = False,
-        busy_s: float = 0.0, window_s: float = 0.0,
+        busy_s: float = 0.0, window_s: float = 0.0, trace: bool = False,
     ) -> None:
         """Start the reduction of this step; the one before must have been collected.
 
@@ -81,10 +86,11 @@ class Agreement:
             writing: whether it still writes a checkpoint.
             busy_s: seconds that it worked in a pipeline.
             window_s: on the first stage, seconds that the pipeline ran.
+            trace: whether it was asked for a trace.
         """
         assert self._pending is None, "collect() first"
         asked = [float(stop) + FAILED * failed, float(save) + WRITING * writing]
-        own = torch.tensor([*asked, busy_s, window_s, float(window_s > 0.0)], dtype=torch.float64).to(self.device, non_blocking=True)
+        own = torch.tensor([*asked, busy_s, window_s, float(window_s > 0.0) + TRACE * trace], dtype=torch.float64).to(self.device, non_blocking=True)
         broken = (~torch.isfinite(loss_sum)).double()
         packed = torch.cat([own, torch.stack([torch.nan_to_num(loss_sum, nan=0.0, posinf=0.0, neginf=0.0), aux_sum, broken])])
         handle = distributed.all_reduce_sum(packed, wait=False)
@@ -99,6 +105,6 @@ class Agreement:
         if handle is not None:
             handle.wait()
         stop, save, busy, window, num_windows, loss_sum, aux, broken = packed.tolist()
-        idle_share = 1.0 - (busy / distributed.size()) / (window / num_windows) if window else None
+        idle_share = 1.0 - (busy / distributed.size()) / (window / (num_windows % TRACE)) if window else None
         loss_sum = loss_sum if not broken else float("nan")
-        return Agreed(stop % FAILED > 0, save % WRITING > 0, stop >= FAILED, save >= WRITING, loss_sum, aux, not broken, idle_share)
+        return Agreed(stop % FAILED > 0, save % WRITING > 0, stop >= FAILED, save >= WRITING, loss_sum, aux, not broken, idle_share, num_windows >= TRACE)

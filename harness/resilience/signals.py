@@ -45,7 +45,7 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Requests:
-    """What a run is asked: to stop, by a signal or by the file `control/stop`, or to save.
+    """What a run is asked: to stop, by a signal or by the file `control/stop`, to save, or to record a trace.
 
     Attributes:
         run_dir: of the run.

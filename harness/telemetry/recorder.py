@@ -29,6 +29,7 @@ class Recorder:
         self.attempt, self._folder = attempt, run_dir / "tensorboard"
         self._lines = open_to_append(run_dir / "metrics.jsonl")
         self._board = self._open_board(resumed_step)
+        self._board.add_custom_scalars(table.CHARTS)
         self._display = Display(total_steps, done=resumed_step)
         self._process = psutil.Process()
         self._told_s: dict[str, float] = {}

@@ -48,7 +48,7 @@ class Attempt:
         attempt.logs.mkdir(parents=True)
         control = loaded.run.run_path / "control"
         control.mkdir(exist_ok=True)
-        for name in ("save", "stop"):  # asked of an attempt that is over
+        for name in ("save", "stop", "trace"):  # asked of an attempt that is over
             (control / name).unlink(missing_ok=True)
         files.write_text(attempt.folder / "run.yaml", _with_origins(loaded))
         return attempt

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from harness import collector, distributed, log
 from harness.checkpoint import commit, resume
 from harness.checkpoint.disks import Disks, find
@@ -26,6 +28,7 @@ from harness.generation import answer_prompts, write_description
 from harness.heartbeat import began, mark, spent
 from harness.log import say
 from harness.model.configure import load_config, load_tokenizer
+from harness.model.flops import flops_per_token, peak_flops
 from harness.resilience.agreement import Agreement
 from harness.resilience.guard import Guard, show_stacks_on_request
 from harness.resilience.hearing import Hearing
@@ -37,14 +40,14 @@ from harness.train.changes import Changes
 from harness.train.course import Course
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Trainer
+from harness.train.opened import Work
 from harness.train.progress import Progress
 from harness.train.rollback import WayBack, load
 from harness.train.saving import Saver
+from harness.train.trace import Tracer
 from harness.world import Grid, World
 
 if TYPE_CHECKING:
-    import torch
-
     from harness.engine.common import CommonEngine
     from harness.formats.manifest import Manifest
 
@@ -102,12 +105,14 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
 
     witness = Witness(run, engine, data, grid, batch.rows)
     saver = Saver(run, engine, witness, world, disks, recorder, ds_config, attempt=attempt.number, stands=progress.step)
+    tracer = Tracer(attempt.folder / "traces", rank=world.rank, takes_part=grid.dp_rank == 0, note=note)
     trainer = Trainer(
-        run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, agreement=Agreement(device),
-        hearing=hearing, recorder=recorder,
+        run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, work=_work(run, engine),
+        agreement=Agreement(device), hearing=hearing, recorder=recorder,
         evaluate=lambda: _evaluate(engine, data, grid, run.evaluation.micro_batch or run.train.micro_batch, hearing),
         answer=lambda: answer_prompts(engine, tokenizer, template, run.evaluation.prompts, max_new_tokens=run.evaluation.max_new_tokens, hearing=hearing),
-        stop=stop, saver=saver, save_requested=lambda: requests.taken("save") or saver.is_due(),
+        stop=stop, saver=saver, save_requested=lambda: requests.taken("save") or saver.is_due(), trace_requested=lambda: requests.taken("trace"),
+        tracer=tracer,
         go_back=WayBack(engine, disks, lambda: _newest_checkpoint(run.run_path, disks), ahead, witness, recorder, note),
         quarantine=lambda progress, step, first, last: _quarantine(run, progress, step, first, last), note=note,
         progress=progress, is_evaluated=_is_evaluated(run, found, course),
@@ -118,6 +123,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
             witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
         return _go(trainer, is_whole=distributed.broadcast_object(data.is_whole))
     finally:
+        tracer.close()
         saver.close()
         trainer.course.loader.close()
         data.close()
@@ -247,6 +253,12 @@ def _quarantine(run: RunFile, progress: Progress, step: int, first: int, last: i
                 lines.write(json.dumps({"step": step, "position": place - progress.first_row, "documents": documents}, ensure_ascii=False) + "\n")
         data.close()
     return str(path)
+
+
+def _work(run: RunFile, engine: CommonEngine) -> Work:
+    """What a token costs, and what the GPU of a rank can do."""
+    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
+    return Work(flops_per_token(engine.whole_model(), run.data.sequence_length), distributed.size(), peak_flops(gpu, run.train.precision))
 
 
 def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, course: Course, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from harness.resilience.hearing import Hearing, Interrupted
 from harness.resilience.signals import StopFlag
 from harness.resilience.spikes import SpikeWatch
 from harness.train.evaluate import Evaluation
-from harness.train.opened import OpenStep, Spike
+from harness.train.opened import OpenStep, Spike, Work
 from harness.train.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
     from harness.telemetry.recorder import Recorder
     from harness.train.saving import Saver
+    from harness.train.trace import Tracer
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Trainer:
     engine: CommonEngine
     course: Course
     rows_per_epoch: Callable[[], int | None]
+    work: Work
     agreement: Agreement
     hearing: Hearing
     stop: StopFlag
@@ -44,6 +46,8 @@ class Trainer:
     answer: Callable[[], list[tuple[str, str]]]
     saver: Saver
     save_requested: Callable[[], bool]
+    trace_requested: Callable[[], bool]
+    tracer: Tracer
     go_back: Callable[[Progress, Course, OpenStep], tuple[Progress, Course]]
     quarantine: Callable[[Progress, int, int, int], str]
     note: Callable[..., None]
@@ -86,6 +90,8 @@ class Trainer:
             now = time.perf_counter()
             self._open(batch, result, lr=lr, seconds=now - self._clock - self._stood_s)
             self._clock, self._stood_s = now, 0.0
+            if self.tracer.after_step(self.progress.step):
+                self._restart_clock()
             if not self._is_running:
                 asked |= self._settle()
                 self.saver.get_ready()
@@ -187,6 +193,7 @@ class Trainer:
         self.agreement.offer(
             result.loss_sum, result.aux_loss_sum, stop=self.hearing.asked(), save=self.save_requested(),
             failed=self.course.loader.error is not None, writing=self.saver.writing, busy_s=result.busy_s, window_s=result.window_s,
+            trace=self.trace_requested(),
         )
         positions = batch.rows * self.run.data.sequence_length
         waited = self.course.loader.wait_seconds
@@ -209,7 +216,9 @@ class Trainer:
             fail_together(self.course.loader.error)
         if not agreed.writing:
             self._finish_save()
-        metrics = step.metrics(agreed, self.rows_per_epoch())
+        if agreed.trace:
+            self.tracer.ask()
+        metrics = step.metrics(agreed, self.rows_per_epoch(), self.work)
         self.recorder.step(step.step, metrics, rows=step.rows)
         if not self._is_running:
             self._is_running = True

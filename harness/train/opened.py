@@ -10,6 +10,21 @@ if TYPE_CHECKING:
     from harness.resilience.agreement import Agreed
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a token costs.
+
+    Attributes:
+        flops_per_token: of the model, forward and backward.
+        ranks: that share the work.
+        peak: operations a second that the GPU of a rank can do, or None where that is not known.
+    """
+
+    flops_per_token: float
+    ranks: int
+    peak: float | None
+
+
 @dataclass
 class OpenStep:
     """A step whose sums are still on their way between the ranks."""
@@ -23,13 +38,15 @@ class OpenStep:
     positions: int
     first_row: int
 
-    def metrics(self, agreed: Agreed, rows_per_epoch: int | None) -> dict[str, float]:
+    def metrics(self, agreed: Agreed, rows_per_epoch: int | None, work: Work) -> dict[str, float]:
         """The metrics by tag.
 
         Args:
             agreed: sums over all ranks.
             rows_per_epoch: of the training set, where it is known.
+            work: what a token costs.
         """
+        per_second = self.positions / max(self.seconds, 1e-9)
         metrics = {
             "train/loss": agreed.loss_sum / max(self.result.trained_tokens, 1),
             "train/tokens": self.result.trained_tokens,
@@ -37,9 +54,13 @@ class OpenStep:
             "optim/grad_norm": self.result.grad_norm,
             "optim/skipped": 0 if self.result.applied else 1,
             "speed/step_seconds": self.seconds,
-            "speed/tokens_per_second": self.positions / max(self.seconds, 1e-9),
+            "speed/tokens_per_second": per_second,
             "speed/data_wait_seconds": self.data_wait_seconds,
+            "speed/flops_per_rank": per_second * work.flops_per_token / work.ranks,
         }
+        metrics |= {f"speed/{name}_seconds": seconds for name, seconds in self.result.seconds().items()}
+        if work.peak:
+            metrics["speed/mfu"] = metrics["speed/flops_per_rank"] / work.peak
         if rows_per_epoch:
             metrics["train/epoch"] = self.rows / rows_per_epoch
         if agreed.aux_loss:

@@ -31,9 +31,11 @@ from harness.train.certify import Witness
 from harness.train.evaluate import Evaluation
 from harness.train.course import Course
 from harness.train.loop import Trainer
+from harness.train.opened import Work
 from harness.train.progress import Progress
 from harness.train.saving import Saver
 from harness.train.schedule import Schedule
+from harness.train.trace import Tracer
 from tests.data.conftest import make_run, write_pairs
 from tests.engine import work
 
@@ -102,9 +104,10 @@ def train(
         raise AssertionError("nothing is taken back here")
 
     return Trainer(
-        run=run, engine=engine, course=course, rows_per_epoch=lambda: None, agreement=Agreement(engine.device), recorder=Silence(),
+        run=run, engine=engine, course=course, rows_per_epoch=lambda: None, work=Work(1.0, 1, None), agreement=Agreement(engine.device), recorder=Silence(),
         hearing=Hearing(lambda: bool(stop), engine.device), stop=stop, evaluate=lambda: Evaluation(1.0, 0.5, 1), answer=list, saver=saver,
-        save_requested=lambda: False, go_back=never, quarantine=lambda progress, step, first, last: "", note=lambda kind, **facts: None,
+        save_requested=lambda: False, trace_requested=lambda: False,
+        tracer=Tracer(run.run_path, rank=grid.rank, takes_part=False, note=never), go_back=never, quarantine=lambda progress, step, first, last: "", note=lambda kind, **facts: None,
         progress=Progress(), is_evaluated=True,
     )
 
