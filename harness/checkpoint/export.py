@@ -96,7 +96,7 @@ def _find(source: Path, checkpoint: str | None) -> tuple[Path, Manifest]:
             )
     if (source / FILE_NAME).is_file() or checkpoint not in (None, "best"):
         return _holding(source)
-    found, skipped = newest_good(source, set_aside=False)
+    found, skipped = newest_good(source)
     if found is None:
         problem = f"No checkpoint holds: {'; '.join(skipped[:3])}." if skipped else "There is no checkpoint here."
         raise Refused(

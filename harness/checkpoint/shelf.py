@@ -6,14 +6,21 @@ import math
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from harness.errors import Failure, Refused
 from harness.files import digest_file, sync_folder
-from harness.formats.manifest import Manifest, ManifestError, SliceFile, coverage_problems, part_name, parts, read_manifest
+from harness.formats.manifest import LaterVersion, Manifest, ManifestError, SliceFile, coverage_problems, part_name, parts, read_manifest
 from harness.log import say
 
+T = TypeVar("T")
 MARKER = "latest"
+RETRY_S = 1.0
+"""After this long, what a disk did not give is asked for once more."""
 _COMMITTED = re.compile(r"step-(\d{6,})$")
 
 
@@ -40,11 +47,20 @@ def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
     """Whether a checkpoint holds: its manifest, and every reason against it (an empty list when it does hold).
 
     Reads every byte of the files; sizes are looked at first. Files of other hosts' disks are not looked for (`absent_parts`).
+
+    Raises:
+        Failure: when the disk does not give a file, which may be whole.
+        Refused: when a later version has written it.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = _read(folder, lambda: read_manifest(folder))
     except ManifestError as error:
         return None, [str(error)]
+    except LaterVersion as error:
+        raise Refused(
+            f"{folder.name} was written by a later version of this harness: {error}.", where=str(folder),
+            remedy="Use that version, or rename the folder to use the checkpoint before it.",
+        ) from None
     here = parts(folder, manifest)
     if not here:
         return manifest, [f"no {part_name(0)} or other file says whose part it is"]
@@ -57,43 +73,54 @@ def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
 
 
 def _size_problem(folder: Path, entry: SliceFile) -> str:
-    path = folder / entry.file
-    if not path.is_file():
+    try:
+        size = _read(folder, (folder / entry.file).stat).st_size
+    except FileNotFoundError:
         return f"{entry.file} is missing"
-    size = path.stat().st_size
     return "" if size == entry.bytes else f"{entry.file} has {size} bytes instead of {entry.bytes}"
 
 
 def _digest_problem(folder: Path, entry: SliceFile) -> str:
     try:
-        return (
-            "" if digest_file(folder / entry.file) == entry.digest else f"{entry.file} was changed since it was written"
-        )
+        digest = _read(folder, lambda: digest_file(folder / entry.file))
+    except FileNotFoundError:
+        return f"{entry.file} is missing"
+    return "" if digest == entry.digest else f"{entry.file} was changed since it was written"
+
+
+def _read(folder: Path, action: Callable[[], T], *, again: bool = True) -> T:
+    """What reading gives; a disk that falters is asked once more.
+
+    Raises:
+        Failure: when it falters again.
+        FileNotFoundError: when it says that there is no such file.
+    """
+    try:
+        return action()
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        return f"{entry.file} cannot be read: {error}"
+        if not again:
+            raise Failure(f"{folder.name} cannot be read, and may be whole: {error}. It was left as it is.") from None
+    time.sleep(RETRY_S)
+    return _read(folder, action, again=False)
 
 
-def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, Manifest] | None, list[str]]:
-    """The newest checkpoint that holds. One rank calls it.
-
-    Args:
-        run_dir: the run's folder.
-        set_aside: rename what is damaged to `*.damaged`, so that it is not looked at again; nothing is deleted.
+def newest_good(run_dir: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """The newest checkpoint that holds; nothing is changed.
 
     Returns:
         folder and manifest, or None; and why each newer one, finished or not, was passed over.
+
+    Raises:
+        Failure, Refused: as `inspect`.
     """
-    if set_aside:
-        restore_replaced(run_dir)
     skipped = [f"{path.name} was not finished" for path in leftovers(run_dir)]
     for _, folder in committed(run_dir):
         manifest, problems = inspect(folder)
         if manifest is not None and not problems:
             return (folder, manifest), skipped
-        reason = "; ".join(problems[:3])
-        skipped.append(
-            f"{folder.name} is damaged: {reason}" + (f"; now {put_aside(folder).name}" if set_aside else "")
-        )
+        skipped.append(f"{folder.name} is damaged: {'; '.join(problems[:3])}")
     return None, skipped
 
 
@@ -143,7 +170,7 @@ def best(run_dir: Path, best_step: int) -> int | None:
 def _evaluation_loss(folder: Path) -> float:
     try:
         return float(read_manifest(folder).metrics.get("eval/loss", math.inf))
-    except ManifestError:
+    except (ManifestError, LaterVersion):
         return math.inf
 
 

@@ -23,7 +23,11 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class ManifestError(ValueError):
-    """A manifest is missing, damaged, or of a later version."""
+    """A manifest is missing or damaged."""
+
+
+class LaterVersion(ValueError):
+    """A manifest is of a later version than this harness knows."""
 
 
 class _Part(BaseModel):
@@ -118,29 +122,31 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ManifestError: when it is missing, changed since it was written, or of a later version.
+        ManifestError: when it is missing, or was changed since it was written.
+        LaterVersion: when it is of a later version.
+        OSError: when the disk does not give it.
     """
     try:
         text = (Path(folder) / FILE_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ManifestError(f"{FILE_NAME} is missing") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
     return parse_manifest(text)
 
 
 def parse_manifest(text: str) -> Manifest:
-    """A manifest from the text of its file; errors are those of `read_manifest`."""
+    """A manifest from the text of its file; errors are those of `read_manifest`, but for the disk's."""
     try:
         content = json.loads(text)
         digest = content.pop("digest")
         version = int(content["version"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
+    if version > VERSION:
+        raise LaterVersion(f"{FILE_NAME} has version {version}, this harness reads up to {VERSION}")
     if digest != _digest(content):
         raise ManifestError(f"{FILE_NAME} was changed since it was written")
-    if version > VERSION:
-        raise ManifestError(f"{FILE_NAME} has version {version}, this harness reads up to {VERSION}")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
