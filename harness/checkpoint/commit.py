@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed
+from harness.checkpoint import buffers as buffer_file
 from harness.checkpoint import certificate
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.shelf import MARKER, checkpoints_folder, committed, folder_name
@@ -27,6 +28,8 @@ from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.slices import SliceGroup
 
 BYTES_PER_PARAMETER = 12
@@ -47,7 +50,8 @@ Answer = tuple[Written | None, str]
 
 
 def save(
-    groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks | None = None
+    groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Commit a checkpoint. Collective: every rank calls it, and it fails on all of them or on none.
 
@@ -59,6 +63,7 @@ def save(
         attempt: number of this start of the run.
         world: this rank's place.
         disks: which ranks share the run's folder; by default all.
+        buffers: what this rank writes of the model's persistent buffers.
 
     Returns:
         the folder of the checkpoint.
@@ -68,7 +73,7 @@ def save(
     """
     disks = disks or Disks.shared(world)
     check_room(run_dir, fields, disks)
-    answer = write(groups, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
+    answer = write(groups, buffers or {}, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
     return conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world, disks=disks)
 
 
@@ -83,9 +88,11 @@ def check_room(run_dir: Path, fields: dict[str, Any], disks: Disks) -> None:
         raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
 
 
-def write(groups: Iterable[SliceGroup], *, run_dir: Path, step: int, attempt: int, rank: int) -> Answer:
+def write(
+    groups: Iterable[SliceGroup], buffers: Mapping[str, torch.Tensor], *, run_dir: Path, step: int, attempt: int, rank: int
+) -> Answer:
     """Write this rank's part of a checkpoint aside. No collective; what goes wrong is part of the answer."""
-    return _attempt(lambda: _write_groups(_aside(run_dir, step, attempt), groups, rank))
+    return _attempt(lambda: _write(_aside(run_dir, step, attempt), groups, buffers, rank))
 
 
 def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks) -> Path:
@@ -153,10 +160,10 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> Written:
+def _write(aside: Path, groups: Iterable[SliceGroup], buffers: Mapping[str, torch.Tensor], rank: int) -> Written:
     """Write every group to a file; its sums are taken meanwhile."""
     aside.mkdir(parents=True, exist_ok=True)
-    files, adam_step, sums = [], 0, {}
+    files, adam_step, sums = [buffer_file.write(aside, buffers)] if buffers else [], 0, {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, group in enumerate(groups):
             counting = pool.submit(certificate.sums_of_group, group)

@@ -20,6 +20,8 @@ FILE_NAME = "manifest.json"
 VERSION = 2
 """1 knew of one disk only."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+BUFFERS = "buffers.safetensors"
+"""The file that holds what the model keeps beside its parameters, where there is such a thing; it has no slices."""
 
 
 class ManifestError(ValueError):

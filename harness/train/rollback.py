@@ -33,6 +33,7 @@ def load(engine: CommonEngine, found: tuple[Path, Manifest], disks: Disks) -> Pr
     manifest = found[1]
     with fetch.reading(found, engine.held_slices(), disks) as reader:
         engine.load_slices(reader.read, step=manifest.adam_step)
+        engine.load_buffers(reader.buffers(), where=str(found[0]))
     engine.restore_loss_scale(manifest.loss_scale)
     return Progress.from_state(manifest.state)
 

@@ -25,6 +25,8 @@ from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.common import CommonEngine
     from harness.engine.holdings import SliceGroup
     from harness.telemetry.recorder import Recorder
@@ -43,6 +45,7 @@ class Flight:
     Attributes:
         fields: of its manifest, as things stood when it began.
         best_step: of the best evaluation by then.
+        buffers: of the model, as they were then.
         stall_s: seconds that training stood still for it so far.
         behind: the thread that writes this rank's part, or None when it is written.
         answer: what this rank wrote, once it is.
@@ -50,6 +53,7 @@ class Flight:
 
     fields: dict[str, Any]
     best_step: int
+    buffers: dict[str, torch.Tensor]
     stall_s: float = 0.0
     behind: Behind | None = None
     answer: commit.Answer = (None, "")
@@ -145,7 +149,7 @@ class Saver:
         if self._cleaning is not None:
             self._cleaning.result()
         waits = last or not self._may_copy()
-        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step)
+        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step, self.engine.buffers())
         try:
             commit.check_room(self.run.run_path, flight.fields, self.disks)
         except Failure as error:
@@ -185,7 +189,7 @@ class Saver:
         self._record(flight, folder, stall_s=flight.stall_s + time.perf_counter() - started)
 
     def _write(self, flight: Flight, groups: Iterable[SliceGroup]) -> commit.Answer:
-        return commit.write(groups, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
+        return commit.write(groups, flight.buffers, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
 
     def _write_behind(self, flight: Flight) -> None:
         """Copy, and let a thread write the copy; a rank that cannot copy tells the others at the end."""

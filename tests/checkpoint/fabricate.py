@@ -71,12 +71,15 @@ def save_as_ranks(
     ranks: int,
     step: int = 1,
     shapes: dict[str, Any] = SHAPES,
+    buffers: dict[str, torch.Tensor] | None = None,
     **others: Any,
 ) -> Path:
     """Commit a checkpoint as `ranks` ranks would have written it."""
     folder = shelf.checkpoints_folder(run_dir) / shelf.folder_name(step)
     aside = folder.with_name(f"{folder.name}.tmp-1")
-    written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
+    written = [
+        commit._write(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), {} if rank else buffers or {}, rank) for rank in range(ranks)
+    ]
     manifest = commit._manifest(fields(step, shapes, **others), written, World(size=ranks), Disks.shared(World(size=ranks)))
     commit._prepare(aside, manifest, 0)
     commit.publish(aside, folder)

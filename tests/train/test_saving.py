@@ -19,6 +19,7 @@ import torch
 
 from harness.checkpoint import commit, shelf
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.read import SliceReader
 from harness.config.schema import RunFile
 from harness.errors import Failure, StopRequested
 from harness.files import digest_file
@@ -369,3 +370,21 @@ def test_where_the_copy_does_not_fit_training_waits(base, ranks2, tmp_path):
     assert ranks2.run(short_of_memory, str(base), str(tmp_path / "run")) == [False, False]
     saves = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
     assert [event["step"] for event in saves] == [2, 4] and all(event["seconds"] == event["stall_seconds"] for event in saves)
+
+
+def counts_steps(base: str, run_dir: str) -> None:
+    """The model keeps the number of the step that it is in, as models keep running means."""
+
+    def before(step: int) -> None:
+        trainer.engine.model.get_buffer("seen").fill_(step)
+
+    trainer = train(base, run_dir, 4, before, every_steps=2)
+    trainer.engine.model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    trainer.fit()
+    close(trainer)
+
+
+def test_a_checkpoint_has_the_buffers_of_its_step(base, ranks2, tmp_path):
+    ranks2.run(counts_steps, str(base), str(tmp_path / "run"))
+    found = {step: SliceReader(folder, read_manifest(folder)).buffers() for step, folder in shelf.committed(tmp_path / "run")}
+    assert found == {4: {"seen": 4}, 2: {"seen": 2}}
