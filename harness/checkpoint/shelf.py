@@ -198,9 +198,14 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
                 say(f"The old checkpoint {folder.name} cannot be deleted: {error}")
                 continue
             gone.append(folder)
+    sweep(run_dir)
+    return gone
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what saves, deletions and transfers that were killed have left. One rank of each disk, between saves."""
     folder = checkpoints_folder(run_dir)
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *folder.glob("step-*.fetched"), *leftovers(run_dir)]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".{MARKER}.*.tmp"):
         path.unlink(missing_ok=True)
-    return gone
