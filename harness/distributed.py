@@ -136,6 +136,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(value: Any) -> list[Any]:
+    """The value of every rank, by rank, on rank 0; nothing on the others."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size() if rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
 def broadcast_object(value: Any, *, source: int = 0) -> Any:
     """The value of rank `source`, on every rank."""
     if size() == 1:

@@ -158,18 +158,21 @@ def best(run_dir: Path, best_step: int) -> int | None:
 
     Args:
         run_dir: the run's folder.
-        best_step: of the best evaluation; where its save failed, or was found damaged, the lowest loss among the others counts.
+        best_step: of the best evaluation, 0 where there was none; where its save failed, or was found damaged, the lowest loss among the others counts.
+
+    Raises:
+        Failure: when the disk does not give a manifest.
     """
     there = dict(committed(run_dir))
-    if best_step in there:
-        return best_step
+    if best_step in there or not best_step:
+        return best_step or None
     losses = {step: _evaluation_loss(folder) for step, folder in there.items()}
     return min((step for step in losses if math.isfinite(losses[step])), key=lambda step: losses[step], default=None)
 
 
 def _evaluation_loss(folder: Path) -> float:
     try:
-        return float(read_manifest(folder).metrics.get("eval/loss", math.inf))
+        return float(_read(folder, lambda: read_manifest(folder)).metrics.get("eval/loss", math.inf))
     except (ManifestError, LaterVersion):
         return math.inf
 
@@ -187,6 +190,9 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
 
     Returns:
         the checkpoints that are gone.
+
+    Raises:
+        Failure: as `best`; nothing is deleted then.
     """
     gone, best_there = [], None if best_step is None else best(run_dir, best_step)
     for position, (step, folder) in enumerate(committed(run_dir)):

@@ -66,7 +66,6 @@ class Manifest(_Part):
     rows_consumed: int = Field(ge=0, description="The cursor: rows of the global sequence that were trained on.")
     adam_step: int = Field(ge=0, description="Adam's own count, which skipped steps do not advance.")
     data_fingerprint: str
-    config_fingerprint: str = ""
     run_file: dict[str, Any] = Field(default_factory=dict, description="The run file as resolved.")
     engine: str = "zero"
     pipeline_stages: int = 1
@@ -112,7 +111,7 @@ def absent_parts(folder: Path, manifest: Manifest) -> set[int]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, one entry or file a line, with a digest of its own content."""
-    content = json.loads(json.dumps(manifest.model_dump()))
+    content = manifest.model_dump()
     lines = [f'"digest": "{_digest(content)}"']
     lines += [f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in content.items() if key != "files"]
     files = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in content["files"])
@@ -149,6 +148,7 @@ def parse_manifest(text: str) -> Manifest:
         raise LaterVersion(f"{FILE_NAME} has version {version}, this harness reads up to {VERSION}")
     if digest != _digest(content):
         raise ManifestError(f"{FILE_NAME} was changed since it was written")
+    content.pop("config_fingerprint", None)  # always empty, and no longer written
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

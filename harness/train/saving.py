@@ -284,5 +284,5 @@ def _lacking(host: str, ranks: list[tuple[int, float]]) -> str:
 def _clean(run_dir: Path, kept: dict[str, Any]) -> None:
     try:
         shelf.retain(run_dir, **kept)
-    except OSError as error:
+    except (OSError, Failure) as error:
         say(f"Old checkpoints cannot be deleted: {error}")

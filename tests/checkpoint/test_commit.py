@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.checkpoint.fabricate import SHAPES, fields, groups, save, save_as_ranks, state
+from tests.checkpoint.fabricate import SHAPES, commit_groups, fields, groups, save, save_as_ranks, state
 
 from harness.checkpoint import commit, resume, shelf
 from harness.checkpoint.disks import Disks
@@ -50,7 +50,7 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
     said = fields(
         10, metrics={"eval/loss": float("inf"), "eval/perplexity": float("nan")}, state={"best_loss": float("inf")}
     )
-    folder = commit.save(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
+    folder = commit_groups(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
     manifest, problems = shelf.inspect(folder)
     assert problems == [] and manifest.metrics["eval/loss"] == manifest.state["best_loss"] == float("inf")
     assert manifest.metrics["eval/perplexity"] != manifest.metrics["eval/perplexity"]
@@ -163,7 +163,7 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        commit.save(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
+        commit_groups(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
     found, skipped = newest(tmp_path)
     assert found[1].step == 10 and skipped == ["step-000020.tmp-3 was not finished"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010\n"
@@ -215,7 +215,7 @@ def test_failure_to_write_is_reported_and_leaves_nothing(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(Failure, match="rank 0: OSError.*No space left"):
-        commit.save(full(), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+        commit_groups(full(), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000010"]
 
 
@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_a_parameter_that_is_not_stored_whole_is_not_committed(tmp_path):
     with pytest.raises(Failure, match="wte.weight is stored up to element 18 of 35"):
-        commit.save(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+        commit_groups(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
     assert _newest_step(tmp_path) is None
 
 
@@ -252,6 +252,7 @@ def test_a_manifest_of_version_1_is_read(tmp_path):
     folder = save(tmp_path, 10)
     content = json.loads((folder / "manifest.json").read_text())
     del content["digest"], content["disks"]
+    content["config_fingerprint"] = ""
     for entry in content["files"]:
         del entry["disk"]
     content["version"] = 1
@@ -305,6 +306,16 @@ def test_steps_that_are_kept_for_good_outlive_retention(tmp_path):
         save(tmp_path, step)
     shelf.retain(tmp_path, keep_last=1, keep_every_steps=20)
     assert [step for step, _ in shelf.committed(tmp_path)] == [50, 40, 20]
+
+
+def test_a_run_without_evaluations_has_no_best_to_look_for(tmp_path, monkeypatch):
+    """So that no save reads the manifests of all that are kept."""
+    folder = save_as_ranks(tmp_path, state(), ranks=1, step=10, metrics={"eval/loss": 3.0})
+    _break(folder)
+    monkeypatch.setattr(shelf, "RETRY_S", 0.01)
+    assert shelf.best(tmp_path, 0) is None and shelf.best(tmp_path, 10) == 10
+    with pytest.raises(Failure, match="Input/output error"):
+        shelf.retain(tmp_path, keep_last=1, best_step=40)
 
 
 def test_while_the_newest_best_could_not_be_saved_the_one_before_it_stays(tmp_path):

@@ -15,6 +15,7 @@ from harness.formats.manifest import BUFFERS, read_manifest, write_manifest
 from harness.model.families import FAMILIES
 from harness.testing.models import VOCABULARY, tiny_config
 from harness.testing.pool import RankFailure
+from tests.checkpoint.fabricate import commit_groups
 from tests.engine import work
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -34,7 +35,6 @@ def config() -> Any:
 def leg(weights: str | None, run_dir: str, name: str, precision: str) -> list[float]:
     """On one rank: begin with `weights`, or go on from the newest checkpoint; save it after a step. Gives the bias and a loss."""
     from harness import distributed
-    from harness.checkpoint import commit
     from harness.checkpoint.disks import Disks
     from harness.engine.open import open_engine
     from harness.testing.rows import cut, random_rows
@@ -55,7 +55,7 @@ def leg(weights: str | None, run_dir: str, name: str, precision: str) -> list[fl
         place.mkdir(exist_ok=True)
         fields = {"step": 1, "rows_consumed": 0, "data_fingerprint": "f", "parameters": engine.parameters(), "tied": engine.tied(),
                   "state": {"step": 1, "best_loss": None, "best_step": 0}}
-        commit.save(engine.named_slices(), run_dir=place, fields=fields, attempt=1, world=world, buffers=engine.buffers())
+        commit_groups(engine.named_slices(), run_dir=place, fields=fields, attempt=1, world=world, buffers=engine.buffers())
     engine.close()
     distributed.barrier()
     return [*bias, float(sums[0])]

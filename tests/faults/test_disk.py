@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.checkpoint import commit, shelf
+from harness.checkpoint import shelf
 from harness.checkpoint.disks import Disks
 from harness.config.schema import RunFile
 from harness.errors import Failure, Refused
 from harness.train import compose
 from harness.world import World
-from tests.checkpoint.fabricate import fields, groups, save, state
+from tests.checkpoint.fabricate import commit_groups, fields, groups, save, state
 from tests.end_to_end.faults import assert_same, events, launched, losses, running
 from tests.faults import cases
 from tests.faults.cases import Case, rows
@@ -60,7 +60,7 @@ def test_a_disk_that_becomes_full_while_a_file_is_written(case: Case, measured, 
             yield from whole
 
         def attempt(owned: Iterator) -> Path:
-            return commit.save(owned, run_dir=run_dir, fields=fields(20, SHAPES), attempt=1, world=World())
+            return commit_groups(owned, run_dir=run_dir, fields=fields(20, SHAPES), attempt=1, world=World())
 
         with pytest.raises(Failure, match="step 20 was not saved; the one before it stands.\n.*No space left on device"):
             attempt(filling())
