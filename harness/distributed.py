@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,8 +14,10 @@ import torch.distributed as dist
 
 from harness import shared_memory
 from harness.errors import Failure
+from harness.heartbeat import mark
 from harness.world import World
 
+TURN_S = 1.0
 
 _timeout: timedelta | None = None
 """Longest wait in a collective, also of the groups that are made later."""
@@ -152,6 +157,65 @@ def broadcast_object(value: Any, *, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+@contextmanager
+def together(phase: str) -> Iterator[None]:
+    """Work that takes one rank as long as it takes, such as writing to a slow disk; it is over when all have done theirs. Collective.
+
+    The work enters no collective. Those who are through wait in one reduction after another of about a second each, so that the longest
+    wait in a collective does not bound it, and are seen to wait.
+
+    Args:
+        phase: of the heartbeat.
+    """
+    if size() == 1:
+        yield
+        return
+    company = _Company(_exchange_device())
+    company.start()
+    try:
+        yield
+    except BaseException:
+        company.leave()
+        raise
+    company.wait(phase)
+
+
+class _Company(threading.Thread):
+    """Tells the other ranks, about once a second, that this one still works, until none does."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(name="together", daemon=True)
+        self._device, self._is_done, self._has_left = device, threading.Event(), False
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            working = 1.0
+            while working:
+                own = torch.tensor(float(not self._is_done.wait(TURN_S)), device=self._device)
+                if self._has_left:
+                    return
+                dist.all_reduce(own)
+                working = own.item()
+        except Exception as error:
+            self._error = error
+
+    def wait(self, phase: str) -> None:
+        """Until all ranks are done."""
+        self._is_done.set()
+        while self.is_alive():
+            mark(phase)
+            self.join(TURN_S)
+        if self._error is not None:
+            raise self._error
+
+    def leave(self) -> None:
+        """After an exception: enter no further reduction."""
+        self._has_left = True
+        self._is_done.set()
+        self.join(2 * TURN_S)
 
 
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "gloo/transport", "remote process exited")

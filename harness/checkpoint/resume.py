@@ -58,7 +58,9 @@ def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple
     _tell(tell, disks, enumerate(texts for _, texts, _ in answers))
     for step in steps:
         folder = checkpoints_folder(run_dir) / folder_name(step)
-        sights = distributed.gather_objects(_look(folder) if disks.is_leader else Sight())
+        with distributed.together("load"):
+            sight = _look(folder) if disks.is_leader else Sight()
+        sights = distributed.gather_objects(sight)
         _refuse_unread(sights, disks)
         _tell(tell, disks, ((rank, [sight.problem]) for rank, sight in enumerate(sights) if sight.problem))
         source = next((rank for rank, sight in enumerate(sights) if sight.identity and not _missing(sights, sight.identity)), None)

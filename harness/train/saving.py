@@ -146,8 +146,9 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         self.saved_at = time.monotonic()
-        if self._cleaning is not None:
-            self._cleaning.result()
+        with distributed.together("save"):
+            if self._cleaning is not None:
+                self._cleaning.result()
         waits = last or not self._may_copy()
         flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step, self.engine.buffers())
         try:
@@ -157,7 +158,8 @@ class Saver:
             return
         self._flight = flight
         if waits:
-            flight.answer = self._write(flight, _marked(self.engine.named_slices()))
+            with distributed.together("save"):
+                flight.answer = self._write(flight, _marked(self.engine.named_slices()))
             flight.stall_s = time.perf_counter() - started
             self.finish(last=last)
         else:
@@ -175,8 +177,9 @@ class Saver:
             return
         started = time.perf_counter()
         mark("save")
-        if flight.behind is not None:
-            flight.answer = flight.behind.result()
+        with distributed.together("save"):
+            if flight.behind is not None:
+                flight.answer = flight.behind.result()
         try:
             folder = commit.conclude(
                 flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world, disks=self.disks
@@ -185,7 +188,8 @@ class Saver:
             self._give_up(flight, error, last=last)
             return
         self.stands = flight.step
-        self._retain(flight.best_step, wait=last)
+        with distributed.together("save"):
+            self._retain(flight.best_step, wait=last)
         self._record(flight, folder, stall_s=flight.stall_s + time.perf_counter() - started)
 
     def _write(self, flight: Flight, groups: Iterable[SliceGroup]) -> commit.Answer:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -370,6 +371,39 @@ def test_where_the_copy_does_not_fit_training_waits(base, ranks2, tmp_path):
     assert ranks2.run(short_of_memory, str(base), str(tmp_path / "run")) == [False, False]
     saves = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
     assert [event["step"] for event in saves] == [2, 4] and all(event["seconds"] == event["stall_seconds"] for event in saves)
+
+
+def outlasts(base: str, run_dir: str, seconds: float) -> int:
+    """What one rank alone reads and writes takes longer than the ranks wait for each other in a collective."""
+    from datetime import timedelta
+
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from harness import distributed
+    from harness.checkpoint import resume
+    from harness.checkpoint.disks import Disks
+    from harness.world import World
+
+    def slowly(original: Any, *args: Any) -> Any:
+        if distributed.rank() == 1 or args[0].name.startswith("rank-00001"):
+            time.sleep(seconds)
+        return original(*args)
+
+    trainer = train(base, run_dir, 2, keep_best=False)
+    _set_pg_timeout(timedelta(seconds=0.6 * seconds))
+    with Patched(slowly):
+        trainer.fit()
+    close(trainer)
+    with mock.patch.object(shelf, "digest_file", partial(slowly, shelf.digest_file)):
+        found = resume.newest(Path(run_dir), Disks.shared(World(rank=distributed.rank(), size=2)), tell=print)
+    _set_pg_timeout(timedelta(minutes=3))
+    assert found is not None
+    return found[1].step
+
+
+@SLOW
+def test_no_wait_in_a_collective_bounds_what_one_rank_reads_or_writes(base, ranks2, tmp_path):
+    assert ranks2.run(outlasts, str(base), str(tmp_path / "run"), 5.0) == [2, 2]
 
 
 def counts_steps(base: str, run_dir: str) -> None:
