@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -192,15 +192,19 @@ class _Company(threading.Thread):
 
     def run(self) -> None:
         try:
-            working = 1.0
-            while working:
-                own = torch.tensor(float(not self._is_done.wait(TURN_S)), device=self._device)
-                if self._has_left:
-                    return
-                dist.all_reduce(own)
-                working = own.item()
+            with torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else nullcontext():
+                self._keep()
         except Exception as error:
             self._error = error
+
+    def _keep(self) -> None:
+        working = 1.0
+        while working:
+            own = torch.tensor(float(not self._is_done.wait(TURN_S)), device=self._device)
+            if self._has_left:
+                return
+            dist.all_reduce(own)
+            working = own.item()
 
     def wait(self, phase: str) -> None:
         """Until all ranks are done."""
