@@ -33,7 +33,7 @@ number = 0
 while manner in ("work", "hang", "ignore") and (not asked or manner == "ignore"):
     number += 1
     step(number)
-    if manner == "hang" and rank == 1 and number == 30:
+    if manner == "hang" and number == (30 if rank == 1 else 31):  # the other one waits for it
         heartbeat.mark("backward")
         time.sleep(1000)
 if manner == "work":
