@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from harness import shared_memory
-from harness.errors import Failure
+from harness.errors import Failure, PeerLost
 from harness.world import World
 
 
@@ -31,6 +33,7 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
 
     Raises:
         Failure: when another number of ranks met than the launcher named.
+        PeerLost: when the others did not come in time.
     """
     import deepspeed
 
@@ -46,14 +49,27 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
     if use_gpu:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
-        )
+        started = time.monotonic()
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
+            )
+        except RuntimeError as error:
+            if world.size == 1 or not _speaks_of_peers(error):
+                raise
+            raise PeerLost(_why_apart(world, error, time.monotonic() - started)) from error
         if not use_gpu:
             _forget_shared_memory()
     if size() != world.size:
         raise Failure(f"{world.size} ranks were launched, but {size()} met.")
     return torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+
+
+def _why_apart(world: World, error: RuntimeError, seconds: float) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', 'the host of rank 0')}:{os.environ['MASTER_PORT']} within {seconds:.0f} s (engine.timeout_minutes)"
+    if came := re.search(r"(\d+)/\d+ clients joined", str(error)):
+        return f"Of {world.size} ranks only {came[1]} came to {where}."
+    return f"Rank {world.rank} did not meet the other {world.size - 1} at {where}: {str(error).splitlines()[0]}"
 
 
 def _forget_shared_memory() -> None:
@@ -147,14 +163,18 @@ def broadcast_object(value: Any, *, source: int = 0) -> Any:
 
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "gloo/transport", "remote process exited")
 """What gloo, NCCL and the store say, in any case of letters, when a peer or the way to it is gone."""
+_OWN_PORT = "server socket has failed to listen"
+"""What the store says of a port that another program has: no peer's doing, and no better at the next start."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
     """Whether an exception means that another rank is gone, rather than that this one did something wrong."""
-    if size() == 1 or not isinstance(error, RuntimeError):
-        return False
+    return size() > 1 and isinstance(error, RuntimeError) and _speaks_of_peers(error)
+
+
+def _speaks_of_peers(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(words in text for words in _LOST)
+    return (isinstance(error, dist.DistError) and _OWN_PORT not in text) or any(words in text for words in _LOST)
 
 
 def shutdown() -> None:
