@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from harness import files
-from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, AnomalyStop, CheckFailed, PeerLost, Refused
 from harness.formats.outcome import Outcome, newest_attempt, read_outcome
 from harness.launch.job import Job
 from harness.launch.requests import listening
@@ -27,6 +27,9 @@ LEASH_S = 90.0
 LINGER_S = 20.0
 """How long the other hosts' parts may outlive one that failed, before they are ended."""
 POLL_S, ALIVE_S = 0.1, 1.0
+_STATES = {EXIT_DONE: "done", **{error.exit_code: error.state for error in (Refused, AnomalyStop, CheckFailed, PeerLost)}}
+_KILLED = {128 + signal.SIGKILL, 128 + signal.SIGTERM}
+"""What mpirun answers with after a rank was killed."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,19 @@ def run(plan: LaunchPlan) -> Outcome:
     outcome = read_outcome(plan.run_dir)
     if outcome is not None and outcome.time >= started:
         return outcome
-    attempt, _ = newest_attempt(plan.run_dir)
-    if running.asked:  # before a rank could listen: nothing was trained that a resume would lack
-        return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before training began.", 0, attempt)
-    told = f"What was started ended with code {code} and left no outcome in {plan.run_dir}."
-    return Outcome("failed", code if code > 0 else EXIT_FAILURE, told, 0, attempt)
+    outcome = running.told or _by_code(code, plan.run_dir, asked=running.asked)
+    say(outcome.reason)
+    return outcome
+
+
+def _by_code(code: int, run_dir: Path, *, asked: bool) -> Outcome:
+    """How a run ended that left no outcome here, or none that this machine sees."""
+    attempt, _ = newest_attempt(run_dir)
+    told = f"What was started ended with code {code}; this machine finds no outcome of it in {run_dir}."
+    if asked and code != EXIT_DONE:
+        return Outcome("stopped", EXIT_RESUME_ME, f"Stopped on request. {told}", 0, attempt)
+    code = EXIT_RESUME_ME if code in _KILLED else code
+    return Outcome(_STATES.get(code, "failed"), code if code >= 0 else EXIT_FAILURE, told, 0, attempt)
 
 
 class _Running:
@@ -78,6 +89,7 @@ class _Running:
 
     def __init__(self, plan: LaunchPlan):
         self.plan, self.asked = plan, False
+        self.told: Outcome | None = None
         self._children: list[subprocess.Popen[bytes]] = []
         self._pipe, self._told_s = -1, 0.0
         self._wire = Wire.from_outside(plan.job) if plan.job is not None else None
@@ -132,14 +144,21 @@ class _Running:
                 failed_s = time.monotonic()
             time.sleep(POLL_S)
         self._wait_for_all()
+        self._hear()
         return code or next((child.returncode for child in self._children if child.returncode), 0)
 
     def _tell(self) -> None:
         """On the wire: that this launch is alive."""
         if self._wire is not None and time.monotonic() - self._told_s > ALIVE_S:
             self._told_s = time.monotonic()
-            self._wire.receive()
+            self._hear()
             self._wire.send({"kind": "alive"})
+
+    def _hear(self) -> None:
+        """On the wire: how the job ended, as its first host knows it."""
+        for _, message in self._wire.receive() if self._wire is not None else ():
+            if message.get("kind") == "outcome":
+                self.told = Outcome(**message["outcome"])
 
     def _wait_for_all(self) -> None:
         """Wait for processes that outlived what started them; in the end kill them."""

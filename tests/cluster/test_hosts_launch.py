@@ -180,3 +180,27 @@ def test_mpich_trains_on_one_host(hosts, run_file, tmp_path):
     cluster.inner(started).send_signal(signal.SIGTERM)
     assert started.wait(timeout=60) == 75, told(run_file)
     assert read_outcome(tmp_path / "run").state == "stopped" and events(tmp_path / "run", "save")[-1]["step"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["hosts", "mpi"])
+def test_a_machine_that_does_not_see_the_folder_of_the_run_answers_for_it(hosts, run_file, tmp_path, on):
+    """Launched from a host that takes no part, with a disk on each: done is 0, and a run whose rank is killed is started again."""
+    if on == "mpi" and shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
+    cluster, hostfile = hosts(3), tmp_path / "two-hosts"
+    hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    (tmp_path / "run").mkdir()
+    for number in range(3):
+        cluster.own_folder(number, tmp_path / "run")
+    try:
+        started = launch(cluster, run_file, "train.steps=30", "launch.restarts=1", on=on, hostfile=hostfile)
+        until(started, lambda: cluster.run(1, "test", "-d", tmp_path / "run" / "checkpoints" / "step-000010").returncode == 0, run_file)
+        next(process for process in cluster.processes(2) if "train" in process.cmdline()).kill()
+        assert started.wait(timeout=180) == 0, told(run_file)
+        assert "Starting again in 1 s (1 of 1 without a new checkpoint)" in told(run_file), told(run_file)
+        assert '"state": "done"' in cluster.run(1, "cat", tmp_path / "run" / "outcome.json").stdout
+        assert not (tmp_path / "run" / "outcome.json").exists()
+    finally:
+        for number in range(3):
+            cluster.run(number, "umount", tmp_path / "run")

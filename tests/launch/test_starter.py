@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,16 @@ def test_the_outcome_is_what_the_ranks_told_else_what_the_starter_saw(tmp_path, 
 def test_an_outcome_of_an_earlier_attempt_is_not_believed(tmp_path):
     write_outcome(tmp_path, Outcome("done", 0, "", 1, 1, time=time.time() - 60))
     assert launches.run(fake_ranks.plan(tmp_path, "crash")).code == 9
+
+
+@pytest.mark.parametrize(("manner", "code", "state"), [("done", 0, "done"), ("refuse", 2, "refused"), ("crash", 9, "failed"), ("killed", 75, "lost")])
+def test_where_the_outcome_is_not_seen_the_code_says_how_it_ended(tmp_path, manner, code, state):
+    """The folder of the run is on the disk of another host."""
+    kill = when(lambda: ups(tmp_path), lambda: manner == "killed" and os.kill(ups(tmp_path)[1]["pid"], signal.SIGKILL))
+    plan = fake_ranks.plan(tmp_path, "ignore" if manner == "killed" else manner)
+    ended = launches.run(replace(plan, run_dir=tmp_path / "elsewhere"))
+    kill.join()
+    assert (ended.code, ended.state) == (code, state) and f"ended with code {code}" in ended.reason, ended
 
 
 def test_a_rank_that_fails_alone_is_heard_and_the_other_is_ended(tmp_path):
