@@ -157,7 +157,7 @@ def test_mpirun_trains_on_two_hosts_and_a_request_saves(hosts, run_file, tmp_pat
     if shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
     cluster = hosts(2)
-    started = launch(cluster, run_file, "train.steps=4000", on="mpi")
+    started = launch(cluster, run_file, "train.steps=4000", on="mpi", host=1)  # where Open MPI starts rank 0; the hostfile names it last
     until(started, lambda: 8 in losses(tmp_path / "run"), run_file)
     assert events(tmp_path / "run", "start")[0]["ranks"] == 2
     cluster.inner(started).send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_hosts_are_chosen_by_name(tmp_path):
     for include, exclude in ((["d"], []), ([], ["d"]), (["a"], ["a"])):
         with pytest.raises(Refused):
             hostfile.choose(found, include=include, exclude=exclude, where="")
+
+
+def test_mpi_ranks_meet_on_the_host_where_open_mpi_puts_the_first_one(tmp_path, repository, monkeypatch):
+    """On that where it is started, even if the hostfile names another one first."""
+    (tmp_path / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    loaded = load(repository / "launch/runs/medical_qa.yaml", [f"run_dir={tmp_path}"])
+    for names in (["192.0.2.1", "localhost"], ["localhost", "192.0.2.1"]):
+        plan = mpi.plan(loaded, dict.fromkeys(names, 2), run_file="run.yaml", overrides=[])
+        assert plan.texts[tmp_path / "launch" / "mpi-hosts"] == "localhost slots=2\n192.0.2.1 slots=2\n"
+        assert "MASTER_ADDR=localhost" in plan.commands[0]
 
 
 def test_no_hostfile_is_refused_and_not_taken_for_this_machine(repository):
