@@ -21,8 +21,8 @@ from harness.log import say
 
 PASSED_ON = ("PYTHONPATH", "HF_", "NCCL_", "GLOO_", "FI_", "UCX_", "TORCH_", "CUDA_", "OMP_", "TOKENIZERS_", "AWS_", "GOOGLE_", "DS_ACCELERATOR", "LD_LIBRARY_PATH")
 """Variables of this process, by the beginning of their names, that every rank gets."""
-KEPT = ("CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")
-"""Of those, what says something about this machine alone, or is decided below."""
+KEPT = ("CUDA_VISIBLE_DEVICES",)
+"""Of those, what says something about this machine alone."""
 ALIVE = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
 """A dead link ends ssh within about half a minute; without it, never."""
 
@@ -136,7 +136,7 @@ def variables(loaded: Loaded) -> dict[str, str]:
         Refused: a value that DeepSpeed's launcher cannot carry.
     """
     named = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and name not in KEPT}
-    own = {name: value for name, value in operators.environment().items() if name in ("PATH", "TORCH_EXTENSIONS_DIR")}
+    own = {"PATH": operators.environment()["PATH"]}  # where the operators are is for each host to say: they are built for its processor
     if loaded.run.engine.device == "cpu":
         own["DS_ACCELERATOR"] = "cpu"
     values = named | own

@@ -100,6 +100,14 @@ def test_mpi_ranks_meet_on_the_host_where_open_mpi_puts_the_first_one(tmp_path, 
         assert "MASTER_ADDR=localhost" in plan.commands[0]
 
 
+def test_hosts_look_for_operators_of_their_own_processor(repository, monkeypatch):
+    loaded = load(repository / "launch/runs/medical_qa.yaml")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert "TORCH_EXTENSIONS_DIR" not in hosts.variables(loaded)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/shared/operators")
+    assert hosts.variables(loaded)["TORCH_EXTENSIONS_DIR"] == "/shared/operators"
+
+
 def test_no_hostfile_is_refused_and_not_taken_for_this_machine(repository):
     with pytest.raises(Refused, match="launch.hosts.file"):
         hosts.choose(load(repository / "launch/runs/medical_qa.yaml"))
