@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from harness import files
 from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, AnomalyStop, CheckFailed, PeerLost, Refused
 from harness.formats.outcome import Outcome, newest_attempt, read_outcome
 from harness.launch.job import Job
 from harness.launch.requests import listening
-from harness.launch.starter import HELD
+from harness.launch.starter import HELD, KILL_AFTER_REQUESTS
 from harness.launch.wire import Wire
 from harness.log import say
 
@@ -65,7 +67,7 @@ def run(plan: LaunchPlan) -> Outcome:
     outcome = read_outcome(plan.run_dir)
     if outcome is not None and outcome.time >= started:
         return outcome
-    outcome = running.told or _by_code(code, plan.run_dir, asked=running.asked)
+    outcome = running.told or _by_code(code, plan.run_dir, asked=running.asked > 0)
     say(outcome.reason)
     return outcome
 
@@ -88,7 +90,7 @@ class _Running:
     """
 
     def __init__(self, plan: LaunchPlan):
-        self.plan, self.asked = plan, False
+        self.plan, self.asked = plan, 0
         self.told: Outcome | None = None
         self._children: list[subprocess.Popen[bytes]] = []
         self._pipe, self._told_s = -1, 0.0
@@ -118,8 +120,18 @@ class _Running:
             self._send(signal.SIGTERM)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._send(number)
+        self.asked += 1
+        if self.plan.request and self.asked >= KILL_AFTER_REQUESTS:  # else the starters count
+            self._kill()
+        else:
+            self._send(number)
+
+    def _kill(self) -> None:
+        for child in self._children:
+            with suppress(psutil.Error):
+                for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                    with suppress(psutil.Error):
+                        process.kill()
 
     def _send(self, number: int) -> None:
         if self._wire is not None and self._wire.is_connected:

@@ -131,6 +131,12 @@ def test_what_differs_is_named(own, change, problem):
     assert problem in found.get("h1", "") and bool(found) == bool(problem)
 
 
+def test_without_an_ssh_client_that_is_said(repository, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    told = roll_call.ask(["h1"], str(repository / "launch/runs/medical_qa.yaml"), ssh=("ssh",))
+    assert told == {"h1": "ssh cannot be started here: No such file or directory"}
+
+
 def test_this_host_answers_itself(own, repository):
     told = roll_call.ask(["localhost"], str(repository / "launch/runs/medical_qa.yaml"), ssh=("ssh",))
     assert roll_call.problems(told, own, slots={"localhost": 1}, needs_gpus=False) == {}

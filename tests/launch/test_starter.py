@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -112,6 +113,32 @@ def test_a_third_request_kills_ranks_that_do_not_listen(tmp_path):
     assert launches.run(fake_ranks.plan(tmp_path, "ignore")).code == 75
     thread.join()
     assert all_gone(tmp_path)
+
+
+LAUNCHER = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+if len(sys.argv) > 1:
+    rank = subprocess.Popen([sys.executable, __file__], start_new_session=True)
+    open(sys.argv[1], "w").write(str(rank.pid))
+time.sleep(1000)
+"""
+
+
+def test_a_third_request_kills_ranks_under_a_launcher_that_does_not_count(tmp_path):
+    """Such as mpirun, which passes one signal on, to ranks that save and do not hear it again."""
+    script, up = tmp_path / "launcher.py", tmp_path / "up"
+    script.write_text(LAUNCHER)
+
+    def ask_three_times() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    thread = when(lambda: up.is_file() and up.read_text(), ask_three_times)
+    ended = launches.run(launches.LaunchPlan(((sys.executable, str(script), str(up)),), tmp_path, request=signal.SIGUSR1))
+    thread.join()
+    assert (ended.code, ended.state) == (75, "stopped") and stacks.state(int(up.read_text())) in ("", "Z")
 
 
 def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):

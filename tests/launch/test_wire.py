@@ -115,6 +115,20 @@ def test_strangers_and_starters_of_another_job_are_not_let_in():
         one.close()
 
 
+@pytest.mark.parametrize("master", ["127.0.0.1", "::1"])
+def test_starters_meet_over_either_ip(master):
+    if ":" in master and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    job = Job((), (1, 1), master, local.free_port())
+    first, own = (wire.Wire(node, job) for node in range(2))
+    own.receive()
+    own.send({"kind": "beats"})
+    time.sleep(0.2)
+    assert [message["kind"] for _, message in first.receive() + first.receive()] == ["beats"]
+    first.close()
+    own.close()
+
+
 def test_a_broken_connection_is_made_anew(monkeypatch):
     monkeypatch.setattr(wire, "_RETRY_S", 0.1)
     job = Job((), (1, 1), port=local.free_port())
