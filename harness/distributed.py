@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from harness import shared_memory
-from harness.errors import Failure, PeerLost
+from harness import world as worlds
+from harness.errors import Failure, PeerLost, Refused
 from harness.world import World
 
 
@@ -32,6 +33,7 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
         the device of this rank.
 
     Raises:
+        Refused: when the launcher does not say which GPU is this rank's.
         Failure: when another number of ranks met than the launcher named.
         PeerLost: when the others did not come in time.
     """
@@ -39,15 +41,22 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
 
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
+    if use_gpu and not world.is_placed:
+        raise Refused(
+            f"Which of its host's ranks rank {world.rank} of {world.size} is, the launcher does not say, so that all would take the first GPU.",
+            where="the environment", remedy="Use `harness launch`, deepspeed, torchrun, mpirun or srun, or set LOCAL_RANK for every rank.",
+        )
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.update(worlds.meeting_place())
     if "MASTER_ADDR" in os.environ:  # else DeepSpeed asks MPI where the ranks meet
         for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank), ("LOCAL_SIZE", world.local_size)):
             os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if world.size == 1 else "29500"
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if use_gpu else torch.device("cpu")  # each may see its own GPU alone
     if use_gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         started = time.monotonic()
         try:
@@ -62,7 +71,9 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
             _forget_shared_memory()
     if size() != world.size:
         raise Failure(f"{world.size} ranks were launched, but {size()} met.")
-    return torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's word for the device
+    return device
 
 
 def _why_apart(world: World, error: RuntimeError, seconds: float) -> str:
