@@ -6,12 +6,14 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -45,6 +47,8 @@ class LaunchPlan:
         job: where the node starters are reached, when signals to these processes would not reach them.
         request: the signal that stands for any request, where others would be understood otherwise.
         texts: files that must be there first.
+        private: the same, which this user alone may read, and which are taken away at the end.
+        stdin: what each command reads from its standard input.
     """
 
     commands: tuple[tuple[str, ...], ...]
@@ -53,17 +57,23 @@ class LaunchPlan:
     job: Job | None = None
     request: signal.Signals | None = None
     texts: dict[Path, str] = field(default_factory=dict)
+    private: dict[Path, str] = field(default_factory=dict)
+    stdin: str = ""
 
 
 def run(plan: LaunchPlan) -> Outcome:
     """Start what is planned, pass on what is asked, wait until all its processes are gone, and say how it ended."""
-    for path, text in plan.texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, text)
     running, started = _Running(plan), time.time()
-    with running.listening():
-        running.start()
-        code = running.wait()
+    try:
+        for path, text in (plan.texts | plan.private).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, text, mode=0o600 if path in plan.private else 0o666)
+        with running.listening():
+            running.start()
+            code = running.wait()
+    finally:
+        for path in plan.private:
+            path.unlink(missing_ok=True)
     outcome = read_outcome(plan.run_dir)
     if outcome is not None and outcome.time >= started:
         return outcome
@@ -113,11 +123,24 @@ class _Running:
         environment = os.environ | self.plan.environment | {HELD: str(held)}
         try:
             for command in self.plan.commands:
-                self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(held,)))
+                with self._stdin() as stdin:
+                    child = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(held,), stdin=stdin)
+                self._children.append(child)
         finally:
             os.close(held)
         if self.asked:
             self._send(signal.SIGTERM)
+
+    @contextmanager
+    def _stdin(self) -> Iterator[IO[bytes] | None]:
+        """What a command reads, in a file without a name: nobody waits until it is read."""
+        if not self.plan.stdin:
+            yield None
+            return
+        with tempfile.TemporaryFile() as stream:
+            stream.write(self.plan.stdin.encode())
+            stream.seek(0)
+            yield stream
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1

@@ -201,6 +201,14 @@ def test_what_they_leave_behind_in_shared_memory_is_taken_away(tmp_path):
             path.unlink(missing_ok=True)
 
 
+def test_what_is_private_is_read_by_this_user_alone_and_gone_at_the_end(tmp_path):
+    path = tmp_path / "launch" / "environment"
+    code = f"import os, sys; print(oct(os.stat({str(path)!r}).st_mode), open({str(path)!r}).read(), sys.stdin.read(), file=open({str(tmp_path / 'seen')!r}, 'a'))"
+    plan = launches.LaunchPlan(((sys.executable, "-c", code),) * 2, tmp_path, private={path: "HF_TOKEN=a"}, stdin="HF_TOKEN=b\n")
+    assert launches.run(plan).code == 0
+    assert (tmp_path / "seen").read_text().splitlines() == ["0o100600 HF_TOKEN=a HF_TOKEN=b", ""] * 2 and not path.exists()
+
+
 def test_handlers_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     launches.run(fake_ranks.plan(tmp_path, "done"))
