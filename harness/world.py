@@ -99,10 +99,9 @@ def current() -> World:
     step = _step()
     size = _first(_WORLD_SIZE, step.size)
     local_rank = _first(_LOCAL_RANK, step.local_rank if step.is_placed else -1)
-    return World(
-        rank=_first(_RANK, step.rank), size=size, local_rank=max(0, local_rank), local_size=_first(_LOCAL_SIZE, step.local_size if step.size > 1 else size),
-        host=socket.gethostname(), is_placed=size == 1 or local_rank >= 0,
-    )
+    local_size = _first(_LOCAL_SIZE, step.local_size if step.size > 1 else size)
+    is_placed = size == 1 or local_rank >= 0
+    return World(_first(_RANK, step.rank), size, max(0, local_rank), local_size, host=socket.gethostname(), is_placed=is_placed)
 
 
 def _step() -> World:

@@ -27,7 +27,7 @@ def plan(loaded: Loaded, chosen: Mapping[str, int], *, run_file: str, overrides:
         Refused: there is no mpirun, or it is neither Open MPI nor MPICH.
     """
     settings, folder = loaded.run.launch.hosts, loaded.run.run_path.absolute() / "launch"
-    chosen = dict(sorted(chosen.items(), key=lambda one: not _is_here(one[0])))  # Open MPI begins where it is started, wherever the hostfile has that host
+    chosen = dict(sorted(chosen.items(), key=lambda one: not _is_here(one[0])))  # Open MPI begins where it is started, if the hostfile has that host
     meet = {"MASTER_ADDR": settings.master or next(iter(chosen)), "MASTER_PORT": str(settings.port or free_port())}
     values = hosts.variables(loaded) | settings.environment | meet
     command = render(kind(), ranks=sum(chosen.values()), hosts=str(folder / "mpi-hosts"), names=list(values), run_file=run_file, overrides=overrides)

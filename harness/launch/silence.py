@@ -13,7 +13,7 @@ EARLY_S, EARLY_SHARE = 1.2, 0.15
 """So much before the bound a rank is given up, for it is looked at once a second and is to be ended within the bound; of a short bound less,
 for marks of other hosts come once a second, too."""
 START_S = 1800.0
-"""Until a start has done its first step, nothing is known of it: loading a large model is silent for long, and so is what is compiled in that step."""
+"""Until a start has done its first step, nothing is known of it: loading a large model is silent for long, and so is compiling in that step."""
 
 
 @dataclass(frozen=True)
