@@ -16,10 +16,19 @@ if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
 
 TEMPLATE_FILE = "harness.json"
+GENERATION_FILE = "generation_config.json"
 
 
-def write_description(folder: Path, config: Any, tokenizer: Any, template: Template) -> None:
-    """Write all that an export needs besides weights: configuration, tokenizer, template."""
+def write_description(folder: Path, config: Any, tokenizer: Any, template: Template, *, base: str | None = None) -> None:
+    """Write all that an export needs besides weights: configuration, tokenizer, template, and how the `base` model likes to be sampled.
+
+    Args:
+        folder: to write.
+        config: of the model.
+        tokenizer: of the data.
+        template: how examples became text.
+        base: the model that is fine-tuned: a folder, or a name on the hub.
+    """
     described = copy.deepcopy(config)
     described.use_cache = True
     stops = template.stop_ids(tokenizer)
@@ -27,6 +36,21 @@ def write_description(folder: Path, config: Any, tokenizer: Any, template: Templ
     described.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
+    if base is not None and (sampling := _sampling_of(base)):
+        more = sampling.get("eos_token_id") or []
+        ends = list(dict.fromkeys([*stops, *(more if isinstance(more, list) else [more])]))
+        files.write_json(folder / GENERATION_FILE, sampling | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def _sampling_of(base: str) -> dict[str, Any] | None:
+    """The generation settings of a model, as it has them; None when it has none that can be read."""
+    from transformers.utils import cached_file
+
+    try:
+        settings = files.read_json(cached_file(base, GENERATION_FILE))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int, hearing: Hearing) -> list[tuple[str, str]]:

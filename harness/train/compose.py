@@ -72,7 +72,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     table, template = data.train, data.template
     tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=run.model.trust_code)
     if world.is_main:
-        write_description(run.run_path / "model", config, tokenizer, template)
+        write_description(run.run_path / "model", config, tokenizer, template, base=run.model.path)
     grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
     batch = batch_equation(loaded, grid.dp_size)
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
