@@ -154,7 +154,7 @@ def _go(trainer: Trainer, *, is_whole: bool) -> Evaluation:
         trainer.first_look()
     elif step >= total and trainer.is_evaluated:
         say(f"The run already has its {total} steps; evaluating its newest checkpoint.")
-        return trainer.evaluate()
+        return trainer.last_look()
     return trainer.fit()
 
 
