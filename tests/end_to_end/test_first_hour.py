@@ -19,6 +19,7 @@ def test_plan_prints_the_merged_configuration_the_batch_and_the_memory(run_file)
     planned = harness("plan", run_file, "train.global_batch_rows=8", "engine.deepspeed=zero3_offload_cpu")
     assert planned.code == 0, planned.output
     assert "8 rows = micro-batch 1 x accumulation 4 x 2 ranks" in " ".join(planned.output.replace("\u2502", " ").split())
+    assert "'plain' of data.template" in planned.output
     merged = json.loads(planned.output[planned.output.index("{") : planned.output.rindex("}") + 1])
     assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (1, 4)
     assert merged["zero_optimization"]["stage"] == 3 and merged["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
