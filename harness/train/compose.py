@@ -72,7 +72,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     table, template = data.train, data.template
     tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=run.model.trust_code)
     if world.is_main:
-        write_description(run.run_path / "model", config, tokenizer, template)
+        write_description(run.run_path / "model", config, tokenizer, template, base=run.model.path)
     grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
     batch = batch_equation(loaded, grid.dp_size)
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
@@ -154,7 +154,7 @@ def _go(trainer: Trainer, *, is_whole: bool) -> Evaluation:
         trainer.first_look()
     elif step >= total and trainer.is_evaluated:
         say(f"The run already has its {total} steps; evaluating its newest checkpoint.")
-        return trainer.evaluate()
+        return trainer.last_look()
     return trainer.fit()
 
 

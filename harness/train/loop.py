@@ -158,6 +158,19 @@ class Trainer:
         except Interrupted:
             self._stop()
 
+    def last_look(self) -> Evaluation:
+        """Evaluate a run that has all its steps; what was recorded stands.
+
+        Raises:
+            StopRequested: when a rank was asked to stop.
+        """
+        try:
+            evaluation = self.evaluate()
+        except Interrupted:
+            self._stop()
+        self._tell(evaluation)
+        return evaluation
+
     @property
     def _evaluated_now(self) -> bool:
         return self._evaluated_at == self.progress.step
@@ -273,12 +286,16 @@ class Trainer:
     def _record(self, evaluation: Evaluation, answers: list[tuple[str, str]]) -> None:
         step = self.progress.step
         self.recorder.evaluation(step, evaluation.metrics(), rows=self.progress.rows)
-        say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
-            f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        self._tell(evaluation)
         if held_up := self.engine.balance():
             say(f"step {step}: {held_up}")
             self.note("imbalance", step=step, reason=held_up)
-        if evaluation.by_set:
-            say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))
         for prompt, answer in answers:
             self.recorder.sample(step, prompt, answer)
+
+    def _tell(self, evaluation: Evaluation) -> None:
+        step = self.progress.step
+        say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+            f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        if evaluation.by_set:
+            say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))

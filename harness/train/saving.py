@@ -21,7 +21,7 @@ from harness.formats.manifest import KINDS
 from harness.heartbeat import mark
 from harness.log import say
 from harness.train.certify import Witness
-from harness.units import format_bytes
+from harness.units import format_bytes, format_seconds
 from harness.world import World
 
 if TYPE_CHECKING:
@@ -243,9 +243,10 @@ class Saver:
         seconds = stall_s + (flight.behind.seconds if flight.behind is not None else 0.0)
         self._last_cost_s = seconds
         if self.world.is_main:
+            size = commit.size_bytes(flight.fields["parameters"])
+            say(f"step {flight.step}: checkpoint saved in {format_seconds(seconds)} ({format_bytes(size)})")
             ledger.append(
-                self.run.run_path, "save", step=flight.step, checkpoint=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall_s, 3),
-                bytes=commit.size_bytes(flight.fields["parameters"]),
+                self.run.run_path, "save", step=flight.step, checkpoint=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall_s, 3), bytes=size,
             )
         self.recorder.extra(flight.step, {"checkpoint/stall_seconds": stall_s, "checkpoint/save_seconds": seconds})
 

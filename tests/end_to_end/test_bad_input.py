@@ -75,6 +75,7 @@ CASES = {
     "missing data file": (lambda t: [f"data.train.path={t / 'absent.jsonl'}"], "There is no file"),
     "empty data file": (lambda t: [f"data.train.path={_file(t / 'empty.jsonl', '')}"], "is empty"),
     "missing column": (lambda t: ["data.columns.prompt=questoin"], "did you mean 'question'"),
+    "column unlike any": (lambda t: ["data.columns.prompt=Frage"], "Set `data.columns` to the names in the file."),
     "invalid UTF-8": (lambda t: [f"data.train.path={_file(t / 'latin.jsonl', json.dumps(PAIR).encode() + bytes([10, 0xE9, 10]))}"], "cannot be decoded"),
     "broken JSON line": (lambda t: [f"data.train.path={_file(t / 'broken.jsonl', json.dumps(PAIR) + chr(10) + '{oops')}"], "line 2 is not JSON"),
     "unknown format": (lambda t: [f"data.train.path={_file(t / 'pairs.xyz', 'x')}"], "format of"),
