@@ -8,10 +8,11 @@ from pathlib import Path
 
 from harness.checkpoint import shelf
 from harness.formats import outcome
-from harness.formats.manifest import ManifestError, read_manifest
+from harness.formats.manifest import LaterVersion, ManifestError, read_manifest
 from harness.heartbeat import began
 from harness.units import format_seconds
 
+UNREADABLE = (ManifestError, LaterVersion, OSError)
 
 def closing(run_dir: str, *, state: str) -> str:
     """Steps and time, the newest and the best checkpoint, and the commands that go on from here.
@@ -39,7 +40,7 @@ def _best(run_dir: Path, newest: Path) -> Path | None:
     """The checkpoint of the lowest evaluation loss, as the newest one remembers it."""
     try:
         step = shelf.best(run_dir, int(read_manifest(newest).state.get("best_step") or 0))
-    except ManifestError:
+    except UNREADABLE:
         return None
     return None if step is None else newest.with_name(shelf.folder_name(step))
 
@@ -48,6 +49,6 @@ def _told(folder: Path) -> str:
     """Its name, and the loss that was measured there."""
     try:
         loss = read_manifest(folder).metrics.get("eval/loss")
-    except ManifestError as error:
-        return f"{folder.name}, whose {error}"
+    except UNREADABLE as error:
+        return f"{folder.name}, which cannot be read: {error}"
     return f"{folder.name}, not evaluated" if loss is None else f"{folder.name}, evaluation loss {loss:.4f}"
