@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 
-from harness.checkpoint import commit
 from harness.cli.main import build_parser
 from harness.train.closing import closing
 from harness.world import World
@@ -13,7 +12,7 @@ from tests.checkpoint import fabricate
 
 def _save(run_dir, step, *, best_step, loss=None):
     fields = fabricate.fields(step, state={"best_step": best_step}, metrics={} if loss is None else {"eval/loss": loss})
-    commit.save(fabricate.groups(fabricate.state(), rank=0, ranks=1), run_dir=run_dir, fields=fields, attempt=1, world=World())
+    fabricate.commit_groups(fabricate.groups(fabricate.state(), rank=0, ranks=1), run_dir=run_dir, fields=fields, attempt=1, world=World())
 
 
 def _commands(text: str) -> list[list[str]]:
