@@ -121,7 +121,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     try:
         if found:
             witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
-        return _go(trainer, is_whole=distributed.broadcast_object(data.is_whole))
+        return _go(trainer, found, is_whole=distributed.broadcast_object(data.is_whole))
     finally:
         tracer.close()
         saver.close()
@@ -145,17 +145,27 @@ def _meet(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     return device, attempt, stop
 
 
-def _go(trainer: Trainer, *, is_whole: bool) -> Evaluation:
+def _go(trainer: Trainer, found: tuple[Path, Manifest] | None, *, is_whole: bool) -> Evaluation:
     """From where the run stands to its last evaluation; before its first step it has a look, where all is prepared."""
-    step, total = trainer.progress.step, trainer.course.total_steps
+    step = trainer.progress.step
     if step == 0 and trainer.run.evaluation.at_start and not is_whole:
         say("The evaluation before the first step is left out: the validation set is still being prepared.")
     elif step == 0 and trainer.run.evaluation.at_start:
         trainer.first_look()
-    elif step >= total and trainer.is_evaluated:
-        say(f"The run already has its {total} steps; evaluating its newest checkpoint.")
-        return trainer.evaluate()
+    elif over := _why_over(trainer, found):
+        say(f"{over}; evaluating its newest checkpoint.")
+        return trainer.last_look()
     return trainer.fit()
+
+
+def _why_over(trainer: Trainer, found: tuple[Path, Manifest] | None) -> str:
+    """Why there is nothing left to train, by an evaluation that a checkpoint has; empty where there is."""
+    progress, total, patience = trainer.progress, trainer.course.total_steps, trainer.run.evaluation.patience
+    if progress.step >= total and trainer.is_evaluated:
+        return f"The run already has its {total} steps"
+    if found and patience is not None and "eval/loss" in found[1].metrics and progress.bad_evaluations >= patience:
+        return f"The run ended at step {progress.step} by evaluation.patience: the best loss is that of step {progress.best_step}"
+    return ""
 
 
 def _is_evaluated(run: RunFile, found: tuple[Path, Manifest] | None, course: Course) -> bool:

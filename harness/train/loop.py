@@ -158,6 +158,17 @@ class Trainer:
         except Interrupted:
             self._stop()
 
+    def last_look(self) -> Evaluation:
+        """Evaluate a run that is over once more.
+
+        Raises:
+            StopRequested: when a rank was asked to stop.
+        """
+        try:
+            return self.evaluate()
+        except Interrupted:
+            self._stop()
+
     @property
     def _evaluated_now(self) -> bool:
         return self._evaluated_at == self.progress.step
