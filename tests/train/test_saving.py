@@ -61,7 +61,7 @@ class Rows:
         before: what happens before a step.
     """
 
-    error, wait_seconds = None, 0.0
+    error, wait_seconds, global_rows = None, 0.0, work.ROWS
 
     def __init__(self, witness: Witness, before: Callable[[int], None]):
         self.witness, self.before, self.table = witness, before, witness.data.train
