@@ -12,7 +12,8 @@ import pytest
 
 from harness.resilience.spikes import LEAST, SpikeWatch
 from tests.train import test_saving as real
-from tests.train.test_saving import base  # noqa: F401 (a fixture)
+
+base = real.base
 
 
 def test_a_noisy_falling_loss_has_no_spike():
@@ -64,6 +65,6 @@ def last_step(base: str, run_dir: str, rows: type[real.Rows]) -> list[str]:
 
 
 @pytest.mark.parametrize("rows, noted", [(real.Rows, ["running", "anomaly"]), (Few, ["running"])])
-def test_a_batch_that_is_filled_up_is_not_judged(base, ranks1, tmp_path, rows, noted):  # noqa: F811
+def test_a_batch_that_is_filled_up_is_not_judged(base, ranks1, tmp_path, rows, noted):
     """Its loss is that of the few rows that were left."""
     assert ranks1.run(last_step, str(base), str(tmp_path / "run"), rows) == [noted]
