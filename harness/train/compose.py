@@ -189,10 +189,10 @@ def _nvme_path(run: RunFile, world: World) -> str | None:
     """A folder of this run and host: DeepSpeed clears what it is given, so two runs must never share one."""
     if run.engine.nvme_dir is None:
         return None
-    return str(Path(run.engine.nvme_dir) / f"{run.run_path.absolute().name}-{attempt_key(run)}" / world.host)
+    return str(Path(run.engine.nvme_dir) / f"{run.run_path.absolute().name}-{_folder_key(run)}" / world.host)
 
 
-def attempt_key(run: RunFile) -> str:
+def _folder_key(run: RunFile) -> str:
     """A short name for the run's own folder, so that equal names in different places do not meet."""
     from harness.files import digest_text
 
