@@ -68,7 +68,7 @@ class Hearing:
             self._interruptible = False
 
     def until_all(self, there: Callable[[float], bool]) -> bool:
-        """Wait until something is there on all ranks. Collective; no rank is in it for longer than about a second at a time, and each turn is a sign of life.
+        """Wait until something is there on all ranks. Collective; a turn takes about a second, and is a sign of life.
 
         Args:
             there: whether it is there on this rank within some seconds.

@@ -209,7 +209,8 @@ class Trainer:
         positions = batch.rows * self.run.data.sequence_length
         loader = self.course.loader
         is_full = batch.rows == loader.global_rows
-        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, loader.wait_seconds, positions, batch.first_position, is_full)
+        progress, waited = self.progress, loader.wait_seconds
+        self._pending = OpenStep(progress.step, progress.rows, result, lr, seconds, waited, positions, batch.first_position, is_full)
 
     def _settle(self) -> set[str]:
         """Collect the sums of the step before, record it, and say what the ranks agreed to do.

@@ -27,7 +27,8 @@ def answers(folder: str, name: str, stages: int) -> list[tuple[int, int]]:
     run, grid = work.run_file(stages=stages), Grid(stages, distributed.size(), distributed.rank())
     merged = work.ds_config(name, run, ranks=grid.dp_size, nvme="unused")
     engine = open_engine(run, tiny_config("gpt2", n_positions=24), copy.deepcopy(merged), device=torch.device("cpu"), weights=None)
-    tokenizer, template = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer"), Template.from_dict(json.loads((Path(folder) / "template.json").read_text()))
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    template = Template.from_dict(json.loads((Path(folder) / "template.json").read_text()))
     found = []
     generate = engine.generate
 
