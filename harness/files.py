@@ -20,11 +20,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step: write aside, fsync, rename."""
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace `path` by `content` in one step: write aside, fsync, rename; `mode` is cut by the umask."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as stream:
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -32,9 +32,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, *, mode: int = 0o666) -> None:
     """Replace `path` by UTF-8 text in one step."""
-    write_bytes(path, content.encode("utf-8"))
+    write_bytes(path, content.encode("utf-8"), mode=mode)
 
 
 def write_json(path: Path, value: Any) -> None:

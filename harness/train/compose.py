@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import collector, distributed, log
-from harness.checkpoint import commit, resume
+from harness.checkpoint import commit, resume, shelf
 from harness.checkpoint.disks import Disks, find
 from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge
@@ -226,7 +226,9 @@ def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, devic
 
 
 def _check_room(run: RunFile, engine: CommonEngine, disks: Disks) -> None:
-    """Refuse before the first step what could not be saved later: what is kept, and one more while it is written."""
+    """Refuse before the first step what could not be saved later: what is kept, and one more while it is written; leftovers go first."""
+    if disks.is_leader:
+        shelf.sweep(run.run_path)
     checkpoints = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
     lacking = commit.room_problems(run.run_path, engine.parameters(), checkpoints=checkpoints, disks=disks)
     if lacking:

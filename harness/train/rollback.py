@@ -41,6 +41,7 @@ def load(engine: CommonEngine, found: tuple[Path, Manifest], disks: Disks) -> Pr
             return reader.read(*part)
 
         engine.load_slices(read, step=manifest.adam_step)
+        engine.load_buffers(reader.buffers(), where=str(found[0]))
     engine.restore_loss_scale(manifest.loss_scale)
     return Progress.from_state(manifest.state)
 

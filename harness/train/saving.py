@@ -25,6 +25,8 @@ from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.common import CommonEngine
     from harness.engine.holdings import SliceGroup
     from harness.telemetry.recorder import Recorder
@@ -43,6 +45,7 @@ class Flight:
     Attributes:
         fields: of its manifest, as things stood when it began.
         best_step: of the best evaluation by then.
+        buffers: of the model, as they were then.
         stall_s: seconds that training stood still for it so far.
         beside_s: seconds in which it was written while training went on, once it is.
         behind: the thread that writes this rank's part, or None when it is written.
@@ -51,6 +54,7 @@ class Flight:
 
     fields: dict[str, Any]
     best_step: int
+    buffers: dict[str, torch.Tensor]
     stall_s: float = 0.0
     beside_s: float = 0.0
     behind: Behind | None = None
@@ -144,10 +148,11 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         self.saved_at = time.monotonic()
-        if self._cleaning is not None:
-            self._cleaning.result()
+        with distributed.together("save"):
+            if self._cleaning is not None:
+                self._cleaning.result()
         waits = last or not self._may_copy()
-        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step)
+        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step, self.engine.buffers())
         try:
             commit.check_room(self.run.run_path, flight.fields, self.disks)
         except Failure as error:
@@ -155,7 +160,8 @@ class Saver:
             return
         self._flight = flight
         if waits:
-            flight.answer = self._write(flight, _marked(self.engine.named_slices()))
+            with distributed.together("save"):
+                flight.answer = self._write(flight, _marked(self.engine.named_slices()))
             flight.stall_s = time.perf_counter() - started
             self.finish(last=last)
         else:
@@ -173,9 +179,10 @@ class Saver:
             return
         started = time.perf_counter()
         mark("save")
-        if flight.behind is not None:
-            flight.answer = flight.behind.result()
-            flight.beside_s = max(0.0, flight.behind.seconds - (time.perf_counter() - started))
+        with distributed.together("save"):
+            if flight.behind is not None:
+                flight.answer = flight.behind.result()
+                flight.beside_s = max(0.0, flight.behind.seconds - (time.perf_counter() - started))
         try:
             folder = commit.conclude(
                 flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world, disks=self.disks
@@ -184,11 +191,12 @@ class Saver:
             self._give_up(flight, error, last=last)
             return
         self.stands = flight.step
-        self._retain(flight.best_step, wait=last)
+        with distributed.together("save"):
+            self._retain(flight.best_step, wait=last)
         self._record(flight, folder, stall_s=flight.stall_s + time.perf_counter() - started)
 
     def _write(self, flight: Flight, groups: Iterable[SliceGroup]) -> commit.Answer:
-        return commit.write(groups, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
+        return commit.write(groups, flight.buffers, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
 
     def _write_behind(self, flight: Flight) -> None:
         """Copy, and let a thread write the copy; a rank that cannot copy tells the others at the end."""
@@ -283,5 +291,5 @@ def _lacking(host: str, ranks: list[tuple[int, float]]) -> str:
 def _clean(run_dir: Path, kept: dict[str, Any]) -> None:
     try:
         shelf.retain(run_dir, **kept)
-    except OSError as error:
+    except (OSError, Failure) as error:
         say(f"Old checkpoints cannot be deleted: {error}")
