@@ -57,12 +57,13 @@ def open_to_append(path: Path) -> TextIO:
     return open(path, "a", encoding="utf-8")
 
 
-def digest_file(path: Path) -> str:
-    """BLAKE2b-128 of a file's bytes, as hex; reads 4 MiB at a time."""
+def digest_file(path: Path, *, each: Callable[[], None] = lambda: None) -> str:
+    """BLAKE2b-128 of a file's bytes, as hex; reads 4 MiB at a time, and calls `each` after each of them."""
     state = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as stream:
         while block := stream.read(4 << 20):
             state.update(block)
+            each()
     return state.hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness import files
 from harness.data.template import Template
 from harness.errors import Refused
+from harness.model.configure import max_positions
 from harness.resilience.hearing import Hearing, Interrupted
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
         tokenizer: of the data.
         template: how prompts were written in training.
         prompts: as a user would type them.
-        max_new_tokens: bound of each answer.
+        max_new_tokens: bound of each answer, besides the positions that the model has left.
         hearing: of requests to stop, which end it between two answers.
 
     Returns:
@@ -71,10 +72,11 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
     Raises:
         Interrupted: on all ranks, when one of them was asked to stop.
     """
-    answered = []
+    answered, positions = [], max_positions(engine.config.get_text_config())
     for prompt in prompts:
         ids = template.prompt_ids(prompt, tokenizer)
-        (answer,) = engine.generate([ids], stop_ids=template.stop_ids(tokenizer), max_new_tokens=max_new_tokens)
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
+        (answer,) = engine.generate([ids], stop_ids=template.stop_ids(tokenizer), max_new_tokens=room)
         answered.append((prompt, tokenizer.decode(answer, skip_special_tokens=True).strip()))
         if hearing.now():
             raise Interrupted

@@ -125,6 +125,11 @@ _PULSE = Pulse()
 mark = _PULSE.mark
 
 
+def alive() -> None:
+    """A sign of life in the midst of long work: the phase that is going on goes on."""
+    mark(PHASES[_PULSE._phase])
+
+
 def began() -> float:
     """When this process was started, in seconds since the epoch."""
     return _PULSE.began

@@ -8,17 +8,20 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from harness.errors import Failure, Refused
 from harness.files import digest_file, sync_folder
 from harness.formats.manifest import LaterVersion, Manifest, ManifestError, SliceFile, coverage_problems, part_name, parts, read_manifest
+from harness.heartbeat import alive
 from harness.log import say
 
 T = TypeVar("T")
 MARKER = "latest"
+MARK_S = 1.0
 RETRY_S = 1.0
 """After this long, what a disk did not give is asked for once more."""
 _COMMITTED = re.compile(r"step-(\d{6,})$")
@@ -67,8 +70,7 @@ def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
     files = [entry for entry in manifest.files if entry.disk in here]
     problems = [text for text in (_size_problem(folder, entry) for entry in files) if text]
     if not problems:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), files) if text]
+        problems = _digest_problems(folder, files)
     return manifest, problems or coverage_problems(manifest.parameters, manifest.files)
 
 
@@ -80,9 +82,21 @@ def _size_problem(folder: Path, entry: SliceFile) -> str:
     return "" if size == entry.bytes else f"{entry.file} has {size} bytes instead of {entry.bytes}"
 
 
-def _digest_problem(folder: Path, entry: SliceFile) -> str:
+def _digest_problems(folder: Path, files: list[SliceFile]) -> list[str]:
+    """Of all files, some at a time; as long as they can be read, this rank gives signs of life."""
+    is_read = Event()
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = [pool.submit(_digest_problem, folder, entry, is_read.set) for entry in files]
+        while wait(found, timeout=MARK_S).not_done:
+            if is_read.is_set():
+                is_read.clear()
+                alive()
+    return [text for one in found if (text := one.result())]
+
+
+def _digest_problem(folder: Path, entry: SliceFile, each: Callable[[], None]) -> str:
     try:
-        digest = _read(folder, lambda: digest_file(folder / entry.file))
+        digest = _read(folder, lambda: digest_file(folder / entry.file, each=each))
     except FileNotFoundError:
         return f"{entry.file} is missing"
     return "" if digest == entry.digest else f"{entry.file} was changed since it was written"

@@ -130,15 +130,15 @@ def _close(loaded: Loaded, world: World, *, state: str) -> None:
 
 
 def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: int, reason: str) -> None:
-    """Write the outcome first, so that whatever a launcher does next finds it; then part from the other ranks."""
+    """Write the outcome first, so that whatever a launcher does next finds it; then part from the other ranks. Another job's run is left alone."""
     from harness import distributed
-    from harness.formats import ledger, outcome
+    from harness.formats import ledger, outcome, running
 
     orderly = state not in ("failed", "lost")
     waited_s = 0.0 if orderly else standing()  # in the phase in which it went wrong, nobody knows since when
     phases = None if orderly else spent()
     mark("end")
-    if os.path.isdir(loaded.run.run_dir):
+    if os.path.isdir(loaded.run.run_dir) and (distributed.is_initialized() or not running.is_foreign(loaded.run.run_path, main=world.is_main)):
         number = getattr(attempt, "number", 0)
         last_step = outcome.last_step(loaded.run.run_path)
         end = outcome.Outcome(state=state, code=code, reason=reason, step=last_step, attempt=number)

@@ -159,7 +159,7 @@ class Trainer:
             self._stop()
 
     def last_look(self) -> Evaluation:
-        """Evaluate a run that has all its steps; what was recorded stands.
+        """Evaluate a run that is over once more; what was recorded stands.
 
         Raises:
             StopRequested: when a rank was asked to stop.
@@ -209,8 +209,10 @@ class Trainer:
             trace=self.trace_requested(),
         )
         positions = batch.rows * self.run.data.sequence_length
-        waited = self.course.loader.wait_seconds
-        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, waited, positions, batch.first_position)
+        loader = self.course.loader
+        is_full = batch.rows == loader.global_rows
+        progress, waited = self.progress, loader.wait_seconds
+        self._pending = OpenStep(progress.step, progress.rows, result, lr, seconds, waited, positions, batch.first_position, is_full)
 
     def _settle(self) -> set[str]:
         """Collect the sums of the step before, record it, and say what the ranks agreed to do.
@@ -246,13 +248,13 @@ class Trainer:
         self._stood_s += time.perf_counter() - started
 
     def _judge(self, step: OpenStep, loss: float) -> None:
-        """Say that a step stands out, keep its documents, and stop where that is asked for."""
+        """Say that a step stands out, keep its documents, and stop where that is asked for; the loss of a few rows always differs from that of many."""
         settings = self.run.train
         self._skipped = 0 if step.result.applied else self._skipped + 1
         if self._skipped >= settings.max_skipped_steps:
             self.saver.finish()
             raise AnomalyStop(f"The gradient was not finite in {self._skipped} steps in a row, up to step {step.step}; none of them was applied.")
-        score = self._watch.judge(loss) if settings.spikes != "ignore" else None
+        score = self._watch.judge(loss) if settings.spikes != "ignore" and step.is_full else None
         self.progress.past_losses = self._watch.past
         if score is None:
             return

@@ -47,6 +47,7 @@ class Flight:
         best_step: of the best evaluation by then.
         buffers: of the model, as they were then.
         stall_s: seconds that training stood still for it so far.
+        beside_s: seconds in which it was written while training went on, once it is.
         behind: the thread that writes this rank's part, or None when it is written.
         answer: what this rank wrote, once it is.
     """
@@ -55,6 +56,7 @@ class Flight:
     best_step: int
     buffers: dict[str, torch.Tensor]
     stall_s: float = 0.0
+    beside_s: float = 0.0
     behind: Behind | None = None
     answer: commit.Answer = (None, "")
 
@@ -180,6 +182,7 @@ class Saver:
         with distributed.together("save"):
             if flight.behind is not None:
                 flight.answer = flight.behind.result()
+                flight.beside_s = max(0.0, flight.behind.seconds - (time.perf_counter() - started))
         try:
             folder = commit.conclude(
                 flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world, disks=self.disks
@@ -240,7 +243,7 @@ class Saver:
             self._cleaning.result()
 
     def _record(self, flight: Flight, folder: Path, *, stall_s: float) -> None:
-        seconds = stall_s + (flight.behind.seconds if flight.behind is not None else 0.0)
+        seconds = stall_s + flight.beside_s
         self._last_cost_s = seconds
         if self.world.is_main:
             size = commit.size_bytes(flight.fields["parameters"])

@@ -128,6 +128,8 @@ def test_missing_and_binary_file(tmp_path):
         (["train.precision=fp16"], "fp16 needs a GPU"),
         (["engine.device=cuda"], "torch sees none"),
         (["optimizer.warmup_steps=11"], "longer than the run"),
+        (["optimizer.schedule=warmup_stable_decay", "optimizer.warmup_steps=6", "optimizer.decay_steps=5"], "reaches into the warm-up of 6"),
+        (["evaluation.patience=2"], "only the one at the end"),
         (["optimizer.warmup_steps=1", "optimizer.warmup_epochs=1"], "both set"),
         (["run_dir=/dev/null/x"], "is a file"),
     ],

@@ -83,6 +83,7 @@ CASES = {
     "too many rows dropped": (lambda t: [f"data.train.path={_rows(t / 'half.jsonl', [PAIR, PAIR | {'answer': ''}] * 9)}"], "would be dropped"),
     "validation set empty": (lambda t: [f"data.validation.path={t / 'pairs.jsonl'}"], "The validation set has no row"),
     "rows longer than the positions": (lambda t: ["data.sequence_length=512"], "longer than the 256 positions"),
+    "a prompt longer than the positions": (lambda t: [f"evaluation.prompts=['{'why ' * 300}']"], "the model has 256 positions"),
     "tokenizer larger than the embedding": (lambda t: ["model.architecture.vocab_size=300"], "the embedding of the model has 300"),
     "unknown architecture": (lambda t: ["model.architecture.model_type=gpt9"], "no architecture 'gpt9'"),
     "unknown field of the architecture": (lambda t: ["model.architecture.n_leyer=2"], "no field 'n_leyer'"),

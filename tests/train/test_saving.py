@@ -63,7 +63,7 @@ class Rows:
         before: what happens before a step.
     """
 
-    error, wait_seconds = None, 0.0
+    error, wait_seconds, global_rows = None, 0.0, work.ROWS
 
     def __init__(self, witness: Witness, before: Callable[[int], None]):
         self.witness, self.before, self.table = witness, before, witness.data.train
@@ -335,6 +335,31 @@ def test_a_stop_that_leaves_no_time_saves_nothing_and_says_what_stands(base, ran
     else:
         assert "without a new checkpoint, which may take " in first and f"that of step {steps[-1]} stands" in first
     assert shelf.committed(tmp_path / "run")[0][0] == steps[-1]
+
+
+def cost(base: str, run_dir: str) -> tuple[float, float]:
+    """A checkpoint that is waited for as soon as it has begun: the seconds that it took, and what the saver makes of them."""
+    def slowly(original: Any, *args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    trainer = train(base, run_dir, 1, every_steps=1)
+    trainer.progress.step = 1
+    started = time.perf_counter()
+    with Patched(slowly):
+        trainer.saver.save(trainer.progress, {}, last=False)
+        trainer.saver.finish()
+    seconds = time.perf_counter() - started
+    close(trainer)
+    return seconds, trainer.saver._last_cost_s
+
+
+def test_what_is_waited_for_counts_once(base, ranks1, tmp_path):
+    """In the time that a checkpoint is said to take, by which the last one before an end is left out."""
+    ((seconds, counted),) = ranks1.run(cost, str(base), str(tmp_path / "run"))
+    assert seconds >= 0.5 and counted == pytest.approx(seconds, abs=0.2)
+    (event,) = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
+    assert event["seconds"] == pytest.approx(counted, abs=1e-3) and event["stall_seconds"] <= event["seconds"]
 
 
 def short_of_memory(base: str, run_dir: str) -> bool:
