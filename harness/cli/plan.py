@@ -18,6 +18,7 @@ from harness.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from harness.config.batch import BatchEquation
+    from harness.data.sets import RunData
     from harness.preflight.stages import StagePlan
 
 
@@ -28,12 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.preflight.count import count_parameters
     from harness.preflight.memory import plan_memory
     from harness.preflight.stages import plan_stages
+    from harness.train.attempt import check_same_run
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loaded = load(arguments.run_file, arguments.overrides)
     gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
     ranks = arguments.ranks or loaded.run.launch.ranks or max(1, gpus)
-    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0)
+    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0, makes=False)
+    check_same_run(loaded)
     stages = loaded.run.engine.pipeline_stages
     batch = batch_equation(loaded, ranks // stages)
     ds_config = merge(loaded, batch)
@@ -47,9 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
     table.add_row("batch", batch.text())
     table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
-    for name, rows in {"train": facts["data"].train, **{f"validation {name}".strip(): rows for name, rows in facts["data"].validation.items()}}.items():
-        table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
-    table.add_row("template", facts["data"].template.told)
+    _add_data(table, facts["data"])
     table.add_row("states on each device", format_bytes(memory.device))
     table.add_row("states on each host", format_bytes(memory.host))
     table.add_row("states on each NVMe", format_bytes(memory.nvme))
@@ -62,6 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     console.print("merged DeepSpeed configuration:")
     console.print_json(json.dumps(ds_config))
     return EXIT_DONE
+
+
+def _add_data(table: Table, data: RunData | None) -> None:
+    if data is None:
+        table.add_row("rows", "not prepared yet, or with other settings: harness prepare makes them")
+        return
+    for name, rows in {"train": data.train, **{f"validation {name}".strip(): rows for name, rows in data.validation.items()}}.items():
+        table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
+    table.add_row("template", data.template.told)
 
 
 def _show_stages(console: Console, cut: list[StagePlan], batch: BatchEquation) -> None:

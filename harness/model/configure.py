@@ -105,8 +105,8 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return None
 
 
-def check_fit(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> None:
-    """Refuse a tokenizer larger than the embedding, and rows longer than the positions.
+def check_vocabulary(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> None:
+    """Refuse a tokenizer larger than the embedding.
 
     Args:
         config: the model's configuration.
@@ -120,6 +120,10 @@ def check_fit(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> N
             where=f"data.tokenizer ({loaded.origin('data.tokenizer')}) and model ({loaded.origin('model')})",
             remedy="Use the tokenizer of the model, or a model with a larger vocabulary.",
         )
+
+
+def check_length(config: PretrainedConfig, *, loaded: Loaded) -> None:
+    """Refuse rows longer than the positions."""
     positions, length = max_positions(config.get_text_config()), loaded.run.data.sequence_length
     if positions is not None and length > positions:
         raise Refused(
