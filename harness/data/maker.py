@@ -26,7 +26,6 @@ from harness.data.store import LocalStore
 from harness.data.template import Template, start_ids
 from harness.errors import Refused
 from harness.formats.index import DRAFT, Draft, ShardEntry, ShardFile, shard_name, write_index
-from harness.formats.index import NAME as INDEX
 
 HASHES_AT_ONCE = 16_000_000
 SETS = ("train", "validation")
@@ -79,7 +78,6 @@ class Maker:
         drafts = {}
         for name, groups in zip(SETS, (train, validation if validation is not None else train), strict=True):
             (self.folder / name / "parts").mkdir(parents=True, exist_ok=True)
-            (self.folder / name / INDEX).unlink(missing_ok=True)
             drafts[name] = self._draft(name, backend, len(groups))
             files.write_json(self.folder / name / DRAFT, drafts[name].model_dump())
         if validation is None:

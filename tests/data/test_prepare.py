@@ -135,6 +135,25 @@ def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
     assert kept == {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
 
 
+def test_a_refused_preparation_leaves_what_stands(tmp_path):
+    source = write_pairs(tmp_path / "p.jsonl", 150)
+    run = make_run(tmp_path, train={"path": str(source)}, shape="prompt_completion")
+    facts, kept = prepare(run, progress=False).facts(), source.read_bytes()
+    source.write_bytes(kept + b"\xe9\n")
+    with pytest.raises(Refused, match="cannot be decoded"):
+        prepare(run, progress=False)
+    source.write_bytes(kept)
+    assert prepare(run, progress=False).facts() == facts
+
+
+def test_a_tokenizer_that_is_gone_is_made_anew(tmp_path):
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, shape="prompt_completion")
+    facts = prepare(run, progress=False).facts()
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").unlink()
+    assert prepared_index(run) is None
+    assert prepare(run, progress=False).facts() == facts and (tmp_path / "data" / "tokenizer" / "tokenizer.json").is_file()
+
+
 def test_the_same_question_never_stands_on_both_sides(tmp_path):
     rows = [{"prompt": f"q {n % 20}", "completion": f"a {n}"} for n in range(100)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
