@@ -57,7 +57,7 @@ class Columns(Section):
 
 
 class TemplateSpec(Section):
-    """How an example becomes text. `{prompt}` and `{completion}` stand for the columns."""
+    """How an example becomes text. `{prompt}` and `{completion}` stand for the columns, each in its part; no other name does."""
 
     name: str = fixed("plain", description="A name that is kept in the index and the export.")
     prompt: str = fixed("{prompt}\n", description="Text before the trained part.")

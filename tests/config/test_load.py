@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from harness.cli.main import main
 from harness.config.batch import batch_equation
 from harness.config.deepspeed import merge, read_deepspeed, shipped_names
 from harness.config.load import fixed_keys, flatten, load
-from harness.config.rules import check
+from harness.config.rules import check, check_data
 from harness.errors import Refused
 
 BASE = """\
@@ -96,6 +97,12 @@ def test_missing_and_binary_file(tmp_path):
         (["data.train.hub=x"], "Exactly one of"),
         (["data.tokenizer=null"], "no tokenizer"),
         (["data.train_tokenizer.vocab_size=300"], "both set"),
+        (["data.train={}"], "none of them are"),
+        (["data.train.path=[]"], "`data.train.path` names no file"),
+        (["data.validation.path=''"], "`data.validation.path` names no file"),
+        (["data.shape=prompt_completion", "data.template.prompt='Q: {question} '"], "{question}, which stands for nothing"),
+        (["data.shape=prompt_completion", "data.template.prompt='Q: {prompt} in {context} '"], "{context}, which stands for nothing"),
+        (["data.shape=prompt_completion", "data.template.completion=yes!"], "does not hold {completion}"),
         (["train.global_batch_rows=7"], "does not divide"),
         (["train.global_batch_tokens=64"], "exactly one of"),
         (["train.global_batch_rows=null", "train.global_batch_tokens=100"], "not a multiple"),
@@ -116,6 +123,17 @@ def test_rules(run_file, overrides, told):
         check(load(run_file, overrides), ranks=2, has_gpu=False)
     assert told in str(caught.value)
     assert caught.value.where and caught.value.remedy
+
+
+def test_braces_that_are_text_are_no_mistake_in_a_template(run_file):
+    words = ["data.shape=prompt_completion", r"data.template.prompt='{prompt} As {''a'': 1}, in \boxed{answer}'", r"data.template.completion='\boxed{{completion}}'"]
+    check_data(load(run_file, words))
+
+
+@pytest.mark.parametrize("override", ["data.train={max_rows: 5}", "data.train.builtin=python-qa", "data.template.completion=x"])
+def test_prepare_refuses_what_training_would(run_file, override, capsys):
+    assert main(["prepare", str(run_file), "data.shape=prompt_completion", override]) == 2
+    assert "command line" in capsys.readouterr().err and not (run_file.parent / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16", "data_types"])
