@@ -16,7 +16,7 @@ from harness import files
 from harness.config.schema import RunFile
 from harness.data import records, workers
 from harness.data.encode import KNOWN, ShardJob, SideJob, make_shard
-from harness.data.examples import key_of, reader
+from harness.data.examples import Unreadable, key_of, reader
 from harness.data.order import shards_of_epoch
 from harness.data.packing import Packing, plan_folder
 from harness.data.plans import PlanSource
@@ -160,12 +160,16 @@ class Maker:
 
 
 def examples_of(groups: list[Group], run: RunFile) -> Iterator[Any]:
-    """All examples of a source, in order, read anew."""
+    """All examples of a source, in order, read anew; what cannot be read is told when shards are made."""
     read = reader(run.data)
     for group in groups:
         for part in group:
             for record in records.read(part):
-                if isinstance(record, dict) and (example := read(record)) is not None:
+                try:
+                    example = read(record) if isinstance(record, dict) else None
+                except Unreadable:
+                    continue
+                if example is not None:
                     yield example
 
 

@@ -19,6 +19,7 @@ from harness.data import backends, builtin, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
+from harness.data.examples import VERSION as READING_VERSION
 from harness.data.examples import key_of
 from harness.data.maker import SETS, Group, Maker, examples_of, set_fingerprint
 from harness.data.rows import RowTable
@@ -38,7 +39,7 @@ ALONE_BYTES = 256 << 20
 def fingerprint(run: RunFile) -> str:
     """What identifies both sets of a run: sources, tokenizer, template and every option that changes a byte, but for the backend."""
     data, known = run.data, Path(run.data.dir) / ".digests.json"
-    parts = [str(VERSION), str(TEMPLATE_VERSION), data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump()), data.broken_rows, str(SHARD_TEXT_BYTES)]
+    parts = [str(VERSION), str(TEMPLATE_VERSION), str(READING_VERSION), data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump()), data.broken_rows, str(SHARD_TEXT_BYTES)]
     parts.append(sources.source_digest(data.train, key="data.train", known=known) + str(data.train.max_rows))
     if data.validation is not None:
         parts.append(sources.source_digest(data.validation, key="data.validation", known=known) + str(data.validation.max_rows))

@@ -14,9 +14,11 @@ from typing import Any
 import orjson
 
 from harness.data import builtin
+from harness.data.examples import HALF_A_PAIR, is_text
 from harness.data.ranges import LARGEST_FIELD, InputRange, decode, told
 
 LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
+LINES = ("jsonl", "csv", "text")
 BATCH_ROWS = 1024
 BUFFER_BYTES = 1 << 20
 
@@ -26,7 +28,7 @@ class Broken:
     """A record that cannot be read.
 
     Attributes:
-        line: of its file, from 1.
+        line: of its file, from 1; the row where a format has no lines.
         reason: such as "is not JSON: Expecting value".
     """
 
@@ -59,6 +61,14 @@ def column_names(part: InputRange, count: int) -> list[str]:
 
         return pq.read_schema(part.path).names
     return list(dict.fromkeys(name for record in islice(read(part), count) if isinstance(record, dict) for name in record))
+
+
+def line_of(part: InputRange, number: int) -> int:
+    """The line, or row, of its file in which a record of the range begins, both from 1; `number` from 0. Counted only to name a broken one."""
+    if part.kind not in LINES:
+        return part.start + number + 1
+    before = islice(read(part), number if part.kind == "csv" else 0)
+    return _lines_before(part) + number + 1 + sum(value.count("\n") for record in before if isinstance(record, dict) for value in record.values())
 
 
 def first_records(parts: list[InputRange], count: int) -> list[InputRange]:
@@ -136,6 +146,8 @@ def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
         raise
     try:
         value = json.loads(text)
+        if isinstance(value, dict) and not is_text([value.get(name) for name in part.columns]):
+            return Broken(_lines_before(part) + number + 1, HALF_A_PAIR)
         return value if isinstance(value, dict) else _no_object(part, number)
     except json.JSONDecodeError as error:
         return Broken(_lines_before(part) + number + 1, f"is not JSON: {error.msg}")

@@ -114,6 +114,9 @@ def _check_columns(parts: list[InputRange], source: Source, data: Data, key: str
         raise Refused("The source has no rows.", where=f"{key} ({source.path or source.hub})", remedy="Give a file with examples.")
     names = records.column_names(parts[0], LOOKED_AT)
     for name in columns_of(data):
+        if names.count(name) > 1:
+            raise Refused(f"The source has {names.count(name)} columns named {name!r}.", where=f"{key} ({source.path or source.hub}), data.columns",
+                          remedy="Give each column a name of its own.")
         if names and name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise Refused(
