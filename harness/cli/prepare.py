@@ -32,5 +32,5 @@ def _prepare(arguments: argparse.Namespace, executor: Executor | None) -> int:
             raise Refused(f"There is nothing to prepare: `data.{key}` is not set.", where=given, remedy="Set `data.train` to raw sources and `data.dir` to a folder.")
     rules.check_data(loaded)
     audit = prepare(loaded.run, executor=executor)
-    Console().print(audit.render())
+    Console(markup=False, emoji=False).print(audit.render())
     return EXIT_DONE
