@@ -15,7 +15,7 @@ import orjson
 
 from harness.data import builtin
 from harness.data.examples import HALF_A_PAIR, is_text
-from harness.data.ranges import LARGEST_FIELD, InputRange, decode, told
+from harness.data.ranges import CsvRows, InputRange, decode, told
 
 LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
 LINES = ("jsonl", "csv", "text")
@@ -154,22 +154,17 @@ def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
 
 
 def _read_csv(part: InputRange) -> Iterator[Record]:
-    lines = io.StringIO(decode(_bytes(part), part, part.start), newline="")
-    csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(lines, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {error}")
-            continue
-        if len(row) > len(part.header):
+    rows, line = CsvRows(part, part.start), 1
+    for row in rows:
+        if isinstance(row, csv.Error):
+            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {row}")
+        elif len(row) > len(part.header):
             yield Broken(_lines_before(part) + line, f"has {len(row)} fields where the header has {len(part.header)}")
         else:
             yield dict(zip(part.header, row, strict=False)) if row else None
+        if rows.place >= part.stop:
+            return
+        line = rows.number + 1
 
 
 def _read_text(part: InputRange) -> Iterator[Record]:

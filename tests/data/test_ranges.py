@@ -188,11 +188,12 @@ def test_broken_rows_of_a_csv_file_are_found_whatever_the_cut(tmp_path, size):
 
 
 @pytest.mark.parametrize("size", [10, WHOLE])
-def test_an_open_quote_is_named_where_it_opens(tmp_path, size):
+def test_an_open_quote_is_named_where_it_opens_and_takes_no_other_row_with_it(tmp_path, size):
     path = tmp_path / "a.csv"
-    path.write_text("prompt,completion\n" + "q,a\n" * 30 + '"never closed,a\n' + "q,a\n" * 30)
-    [broken] = [record for record in records(path, "csv", size) if isinstance(record, Broken)]
-    assert broken.line == 32
+    path.write_text("prompt,completion\n" + "q,a\n" * 30 + '"never closed,a\n' + "q,a\n" * 30 + '"closed","so\nit is"\n' + 'q,"never\n' + "q,a\n")
+    found, row = records(path, "csv", size), {"prompt": "q", "completion": "a"}
+    assert [record.line for record in found if isinstance(record, Broken)] == [32, 65]
+    assert [record for record in found if isinstance(record, dict)] == [row] * 60 + [{"prompt": "closed", "completion": "so\nit is"}, row]
 
 
 @pytest.mark.parametrize("size", [10, WHOLE])
