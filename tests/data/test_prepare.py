@@ -218,6 +218,7 @@ def test_fingerprint_follows_what_changes_a_byte(tmp_path):
     assert base == fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", sequence_length=64, packing="none", num_processes=2))
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", template={"prompt": "{prompt}!"}))
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", validation_share=0.3))
+    assert base != fingerprint(make_run(tmp_path, train=source | {"format": "text"}, shape="prompt_completion"))
     write_pairs(tmp_path / "p.jsonl", 31)
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion"))
 

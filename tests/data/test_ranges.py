@@ -240,6 +240,20 @@ def test_many_small_files_make_one_shard(tmp_path):
     assert shard.origin(4) == (str(tmp_path / "part-01.jsonl"), 1)
 
 
+def test_each_file_is_read_by_its_own_suffix(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "of a line"}) + "\n")
+    (tmp_path / "c.csv").write_text("text\nof a row\n")
+    found = _opened(tmp_path, Source(path=str(tmp_path / "[abc].*")), 1000, "text")
+    assert [record["text"] for record in found] == ["some text", "of a line", "of a row"]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "of a line"}) + "\n")
+    with pytest.raises(Refused, match="b.jsonl has no column 'text'; it has body"):
+        _opened(tmp_path, Source(path=str(tmp_path / "[abc].*")), 1000, "text")
+    (tmp_path / "c").write_text("text")
+    with pytest.raises(Refused, match="format of .*/c is not known"):
+        _opened(tmp_path, Source(path=str(tmp_path / "[ac]*")), 1000, "text")
+
+
 # Encodings
 
 
