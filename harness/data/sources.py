@@ -33,7 +33,7 @@ def source_paths(source: Source, *, key: str) -> list[Path]:
     patterns = [source.path] if isinstance(source.path, str) else source.path or []
     paths: list[Path] = []
     for pattern in patterns:
-        found = [Path(p) for p in sorted(glob.glob(pattern))] or ([Path(pattern)] if Path(pattern).exists() else [])
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))] or ([Path(pattern)] if Path(pattern).exists() else [])
         if not found:
             raise Refused(f"There is no file {pattern}.", where=f"{key}.path", remedy="Give the path of a file that exists; it is relative to the current folder.")
         paths += found

@@ -44,6 +44,14 @@ def test_values_and_origins(run_file):
     assert loaded.origin("checkpoint.keep_last") == "default"
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(run_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("run_dir", "data.dir", "data.cache_dir", "data.tokenizer", "model.path", "engine.deepspeed", "engine.nvme_dir", "launch.hosts.file", "data.sets.a.dir")
+    run = load(run_file, [*(f"{key}=~/x" for key in keys), "data.train.path=[~/x, y~]", "data.validation.path=~/x"]).run
+    leaves = flatten(run)
+    assert {leaves[key] for key in (*keys, "data.validation.path")} == {"/home/me/x"} and leaves["data.train.path"] == ["/home/me/x", "y~"]
+
+
 def test_frozen(run_file):
     run = load(run_file).run
     with pytest.raises(Exception, match="frozen"):

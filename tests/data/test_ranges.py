@@ -254,6 +254,14 @@ def test_each_file_is_read_by_its_own_suffix(tmp_path):
         _opened(tmp_path, Source(path=str(tmp_path / "[ac]*")), 1000, "text")
 
 
+def test_two_stars_go_through_all_folders_below(tmp_path):
+    folder = tmp_path / "deep" / "er" / "est"
+    folder.mkdir(parents=True)
+    for number, place in enumerate((folder, *folder.parents[:2])):
+        write_pairs(place / f"{number}.jsonl", 1, seed=number)
+    assert len(_opened(tmp_path, Source(path=str(tmp_path / "deep" / "**" / "*.jsonl")), 1000)) == 3
+
+
 # Encodings
 
 
