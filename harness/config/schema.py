@@ -212,7 +212,7 @@ class Slurm(Section):
     nodes: Positive = free(1, description="Nodes.")
     ranks_per_node: Positive = free(1, description="Ranks of each node, with a GPU each unless `engine.device` is cpu.")
     partition: str | None = free(None)
-    time: str | None = free(None, description="Time limit as sbatch takes it, such as 12:00:00 (quoted) or 1-0; by default the partition's.")
+    time: str | None = free(None, description="Time limit as sbatch takes it, such as 12:00:00 or 1-0; by default the partition's.")
     account: str | None = free(None)
     qos: str | None = free(None)
     cpus_per_node: Positive | None = free(None, description="Cores of each node; by default whole nodes.")

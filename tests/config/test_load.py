@@ -44,6 +44,21 @@ def test_values_and_origins(run_file):
     assert loaded.origin("checkpoint.keep_last") == "default"
 
 
+def test_what_only_yaml_takes_for_numbers_and_dates(run_file):
+    words = {"train.steps": "010", "train.micro_batch": "0x10", "train.global_batch_rows": "1_000", "optimizer.lr": "1e-4", "run_dir": "2024-13-45",
+             "data.dir": "2024-01-02", "launch.slurm.time": "12:00:00", "launch.slurm.account": "007", "train.clip": "0.5"}
+    expected = {**words, "train.steps": 10, "train.micro_batch": 16, "train.global_batch_rows": 1000, "optimizer.lr": 1e-4, "train.clip": 0.5}
+    given = load(run_file, [f"{key}={text}" for key, text in words.items()])
+    text = run_file.read_text().replace("steps: 10", "steps: 010").replace(f"run_dir: {run_file.parent}/run", "run_dir: 2024-13-45")
+    run_file.write_text(text + "launch: {slurm: {time: 12:00:00}}\n")
+    written = load(run_file).run
+    assert {key: flatten(given.run)[key] for key in words} == expected
+    assert (written.train.steps, written.run_dir, written.launch.slurm.time) == (10, "2024-13-45", "12:00:00")
+    for word in ("train.steps=1:30", "train.clip=1:30.5", "train.steps=2024-01-02", "train.steps=0b_"):
+        with pytest.raises(Refused, match="unable to parse"):
+            load(run_file, [word])
+
+
 def test_a_tilde_is_the_home_folder_in_every_path(run_file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     keys = ("run_dir", "data.dir", "data.cache_dir", "data.tokenizer", "model.path", "engine.deepspeed", "engine.nvme_dir", "launch.hosts.file", "data.sets.a.dir")
