@@ -113,14 +113,26 @@ def is_text(value: Any) -> bool:
 def key_of(example: Example) -> int:
     """What must not stand on both sides of a split, as 64 bits: the question, or the beginning of the text.
 
-    Case and white space do not count. Of a conversation it is the first user's turn with text (else all of it); of a text its first 1,000 characters.
+    Case and white space do not count. Of a conversation it is what stands before the first answer to a user, the system's turn too (else all of it);
+    of a text its first 1,000 characters.
     """
     if isinstance(example, str):
         return _hash(_plain(example[:1000]))
     if isinstance(example, tuple):
         return _hash(_plain(example[0]))
-    questions = (turn["content"] for turn in example.turns if turn["role"] == "user" and turn.get("content", "").strip())
-    return _hash(_plain(next(questions, None) or example.as_json()))
+    return _hash(_plain(_question(example.turns) or example.as_json()))
+
+
+def _question(turns: list[dict[str, Any]]) -> str:
+    """What stands before the first answer to a user, without greetings of the assistant; empty where no user says anything."""
+    said, asked = [], False
+    for turn in turns:
+        if turn["role"] != "assistant":
+            said.append(turn.get("content", ""))
+            asked = asked or turn["role"] == "user" and not said[-1].isspace() and said[-1] != ""
+        elif asked:
+            break
+    return "".join(said) if asked else ""
 
 
 def _hash(data: bytes) -> int:

@@ -129,14 +129,22 @@ class Maker:
     def _refuse_losses(self, made: Made, name: str) -> None:
         causes = ", ".join(f"{count} because {cause}" for cause, count in made.dropped.most_common())
         if sum(part["entry"]["trained_tokens"] for part in made.parts) == 0:
-            detail = f" ({causes})" if causes else ""
-            raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}",
-                          remedy="Check data.shape, data.columns and data.template" + (", or raise data.validation_share." if name == "validation" else "."))
+            self._refuse_emptiness(made, name, causes)
         lost = made.dropped.total() - made.dropped[KNOWN]
         if made.rows_in and lost / made.rows_in > self.run.data.max_dropped_share:
             first = next((f" The first that cannot be read: {place}." for part in made.parts for place in part["broken"]), "")
             raise Refused(f"{lost} of {made.rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=f"data.{name}",
                           remedy="Mend the rows, or raise data.max_dropped_share.")
+
+    def _refuse_emptiness(self, made: Made, name: str, causes: str) -> None:
+        data, told, remedy = self.run.data, [causes] if causes else [], "Check data.shape, data.columns and data.template"
+        if data.validation is None:
+            questions = len({key_of(example) for example in examples_of(made.groups, self.run)})
+            what = "beginnings of texts" if data.shape == "text" else "questions"
+            told.append(f"distinct {what} in the source: {questions:,}, each of which stands in one set only")
+            remedy += (f", {'lower' if name == 'train' else 'raise'} data.validation_share" if questions > 1 else "") + ", or give data.validation a source of its own"
+        detail = f" ({'; '.join(told)})" if told else ""
+        raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}", remedy=f"{remedy}.")
 
     def _finish(self, made: Made, draft: Draft, name: str) -> None:
         """Write what makes a set of the shards, the index last, and take away what only preparing needed."""

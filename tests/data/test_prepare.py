@@ -163,6 +163,27 @@ def test_the_same_question_never_stands_on_both_sides(tmp_path):
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
+def summaries(path, documents):
+    """Conversations that ask the same of several documents, which stand in the system's turn."""
+    talks = [[{"role": "system", "content": f"Document {n % documents}"}, {"role": "user", "content": "Summarize it."}, {"role": "assistant", "content": f"s {n}"}] for n in range(100)]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return {"train": {"path": str(path)}, "shape": "messages"}
+
+
+def test_documents_in_the_turn_of_the_system_are_split(tmp_path):
+    audit = prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 50)), progress=False)
+    assert all(facts["documents"] > 5 for facts in audit.facts().values())
+
+
+def test_too_few_questions_for_two_sets_are_counted(tmp_path):
+    with pytest.raises(Refused, match="distinct questions in the source: 1, each") as caught:
+        prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 1), validation_share=0.001), progress=False)
+    assert "raise" not in caught.value.remedy and "a source of its own" in caught.value.remedy
+    with pytest.raises(Refused, match="distinct questions in the source: 3, each") as caught:
+        prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 3), validation_share=0.999), progress=False)
+    assert "lower data.validation_share" in caught.value.remedy
+
+
 def test_overlap_duplicates_and_empty_rows_are_counted(tmp_path):
     train = [{"prompt": f"q {n}", "completion": "a"} for n in range(20)] + [{"prompt": "q 0", "completion": "a"}, {"prompt": "", "completion": "a"}]
     held = [{"prompt": "Q  3", "completion": "x"}, {"prompt": "new", "completion": "x"}]
