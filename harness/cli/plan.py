@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.config.batch import batch_equation
 from harness.config.deepspeed import merge
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         max((stage.parameters for stage in cut), default=parameters), ds_config, precision=loaded.run.train.precision, ranks=batch.ranks,
         local_ranks=min(ranks, max(1, gpus or ranks)), all_parameters=parameters,
     )
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
     table.add_row("batch", batch.text())
     table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
@@ -86,4 +87,4 @@ def _show_stages(console: Console, cut: list[StagePlan], batch: BatchEquation) -
     share = bubble(batch.stages, batch.accumulation)
     console.print(f"waiting, with equal stages: ({batch.stages} - 1) / ({batch.accumulation} + {batch.stages} - 1) = {share:.1%} of a step", highlight=False)
     for warning in warnings(cut):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))

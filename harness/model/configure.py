@@ -74,7 +74,7 @@ def _from_architecture(fields: dict[str, Any], loaded: Loaded) -> PretrainedConf
 
 def _refuse_missing_folder(name: str, key: str, loaded: Loaded) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local and not Path(name).is_dir():
         raise Refused(f"There is no folder {name}.", where=f"{key} ({loaded.origin(key)})", remedy="Give a folder in Hugging Face format.")
 
 
