@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.load import Loaded
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 from harness.model.attention import use_attention
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_config(loaded: Loaded) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_code)
         except Exception as error:
             raise Refused(
-                f"The model configuration of {section.path!r} cannot be read: {_first_line(error)}",
+                f"The model configuration of {section.path!r} cannot be read: {first_line(error)}",
                 where=f"model.path ({loaded.origin('model.path')})",
                 remedy="Give a folder with a config.json of transformers, or a name on the hub; model.trust_code=true runs code that ships with it.",
             ) from None
@@ -69,17 +69,13 @@ def _from_architecture(fields: dict[str, Any], loaded: Loaded) -> PretrainedConf
     try:
         return config_class(**fields)
     except Exception as error:
-        raise Refused(f"The architecture is not valid: {_first_line(error)}", where=where, remedy="Mend the field.") from None
+        raise Refused(f"The architecture is not valid: {first_line(error)}", where=where, remedy="Mend the field.") from None
 
 
 def _refuse_missing_folder(name: str, key: str, loaded: Loaded) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise Refused(f"There is no folder {name}.", where=f"{key} ({loaded.origin(key)})", remedy="Give a folder in Hugging Face format.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def load_tokenizer(name: str, *, where: str, trust_code: bool = False) -> PreTrainedTokenizerBase:
@@ -93,7 +89,7 @@ def load_tokenizer(name: str, *, where: str, trust_code: bool = False) -> PreTra
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_code)
     except Exception as error:
-        raise Refused(f"There is no tokenizer in {name!r}: {_first_line(error)}", where=where, remedy="Name a folder that holds one.") from None
+        raise Refused(f"There is no tokenizer in {name!r}: {first_line(error)}", where=where, remedy="Name a folder that holds one.") from None
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 from harness.log import say
 
 PLAIN_HEADS = frozenset({
@@ -173,7 +173,7 @@ def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             if works:
                 raise
             works.append(False)
-            say(f"The loss is computed uncompiled, which takes longer: {str(error).splitlines()[0][:200]}")
+            say(f"The loss is computed uncompiled, which takes longer: {first_line(error)}")
             return _judge(*arguments)
         works[:] = [True]
         return answer

@@ -22,7 +22,7 @@ from harness.data.passed import Passed
 from harness.data.rows import RowTable
 from harness.data.provenance import origins
 from harness.data.sets import RunData, open_data
-from harness.errors import HarnessError, Refused
+from harness.errors import HarnessError, Refused, first_line
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
 from harness.heartbeat import began, mark, spent
@@ -258,7 +258,12 @@ def _quarantine(run: RunFile, progress: Progress, step: int, first: int, last: i
 def _work(run: RunFile, engine: CommonEngine) -> Work:
     """What a token costs, and what the GPU of a rank can do."""
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
-    return Work(flops_per_token(engine.whole_model(), run.data.sequence_length), distributed.size(), peak_flops(gpu, run.train.precision))
+    try:
+        flops = flops_per_token(engine.whole_model(), run.data.sequence_length)
+    except Exception as error:  # a configuration like no other is no reason not to train
+        say(f"What a token costs this model is not known, so that no FLOP/s are told: {first_line(error)}")
+        flops = None
+    return Work(flops, distributed.size(), peak_flops(gpu, run.train.precision))
 
 
 def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, course: Course, progress: Progress) -> None:
