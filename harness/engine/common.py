@@ -60,8 +60,8 @@ class CommonEngine(ABC):
     def whole_model(self) -> PreTrainedModel:
         """The whole model, for its names, shapes and types; its weights need not be there."""
 
-    def keep_documents_apart(self) -> None:
-        """Refuse a model whose packed documents see each other; an engine that made its weights has done so. Collective."""
+    def try_model(self) -> None:
+        """Refuse a model whose packed documents see each other or whose loss is its own mean; an engine that made its weights has done so. Collective."""
 
     def balance(self) -> str:
         """A sentence about a rank that holds the others up, since the last call, or an empty one. Collective."""

@@ -227,7 +227,7 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile, disk
     if found is None:
         return Progress()
     folder, progress = found[0], load(engine, found, disks)
-    engine.keep_documents_apart()
+    engine.try_model()
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
         ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)
