@@ -73,8 +73,9 @@ class CommonEngine(ABC):
         return self.deepspeed.optimizer.param_groups
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
-        for group in self.param_groups:
+        """Set the learning rate of every group, also of the second optimizer that updates what a partial offload leaves on the GPU."""
+        second = getattr(self.deepspeed.optimizer, "backup_optimizer", None)
+        for group in [*self.param_groups, *(second.param_groups if second else ())]:
             group["lr"] = lr
 
     def grad_norm(self) -> float:

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine import work
 
@@ -64,6 +65,28 @@ def test_the_cut_does_not_matter(ranks2, micro_batch):
 
 def test_one_rank(ranks1):
     check(ranks1.run(work.train, "zero3", "gpt2", 8, {}), reference("gpt2"))
+
+
+def partly_offloaded() -> list:
+    """How far weights move, and what learning rate their optimizers hold, in a step at 0 and in one at LR."""
+    engine = work.engine_of("zero3_offload_cpu", offload_optimizer={"device": "cpu", "ratio": 0.5}, sub_group_size=4000)
+    devices = engine.deepspeed.optimizer.subgroup_to_device
+    devices.update(dict.fromkeys(list(devices)[: len(devices) // 2], torch.device("cpu")))  # as on a GPU, where a second optimizer has them
+    answers = []
+    for step, lr in enumerate((0.0, work.LR), 1):
+        before = work.masters(engine)
+        engine.train_step(work.batch_of(step), step=step, lr=lr)
+        after = work.masters(engine)
+        answers.append((min(np.abs(after[name] - before[name]).max() for name in before), max(np.abs(after[name] - before[name]).max() for name in before),
+                        {group["lr"] for group in engine.hyper_parameters().values()}))
+    used = any(engine.deepspeed.optimizer.backup_optimizer.state.values())
+    engine.close()
+    return [*answers, used]
+
+
+def test_a_part_that_stays_on_the_gpu_has_the_same_learning_rate(ranks1):
+    (still, moved, used), = ranks1.run(partly_offloaded)
+    assert used and still == (0.0, 0.0, {0.0}) and moved[0] > 0.0 and moved[2] == {work.LR}
 
 
 @pytest.mark.slow
