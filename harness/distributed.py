@@ -49,6 +49,7 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
         deepspeed.init_distributed(
             dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
         )
+        deepspeed.comm.comm.cdb.new_group = new_group  # DeepSpeed's own has torch's timeout, in every group that it makes
         if not use_gpu:
             _forget_shared_memory()
     if size() != world.size:
