@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from harness.config.deepspeed import zero
 from harness.data.loader import OPENS, TRAINED, UNTRAINED
 from harness.engine import loss_scale, slices
-from harness.engine.stage0 import guard_stage0
+from harness.engine.stage0 import guard_stage0, without_a_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +159,8 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_conf
     """
     import deepspeed
 
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory in 16 bit
+    fresh = contextlib.nullcontext() if fp32 or zero(ds_config).get("stage", 0) else without_a_step(optimizer)
+    with fresh, contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory in 16 bit
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if fp32 and engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.check_grad_overflow = True

@@ -89,6 +89,25 @@ def test_a_part_that_stays_on_the_gpu_has_the_same_learning_rate(ranks1):
     assert used and still == (0.0, 0.0, {0.0}) and moved[0] > 0.0 and moved[2] == {work.LR}
 
 
+def first_step(stage: int) -> list[dict]:
+    """Masters of a bf16 engine as built, and after a step."""
+    engine = work.engine_of("zero1", stage=stage, precision="bf16", accumulate_in="model")
+    answers = [work.masters(engine)]
+    engine.train_step(work.batch_of(1), step=1, lr=work.LR)
+    answers.append(work.masters(engine))
+    steps = {group.adam_step for group in engine.named_slices()}
+    engine.close()
+    return [*answers, steps]
+
+
+def test_without_zero_in_16_bit_the_first_step_is_the_first(ranks2):
+    (before, after, steps), (fresh, expected, _) = ranks2.run(first_step, 0)[0], ranks2.run(first_step, 1)[0]
+    assert all(np.array_equal(before[name], fresh[name]) for name in fresh) and steps == {1}
+    for name in fresh:
+        theirs = expected[name] - fresh[name]
+        assert np.linalg.norm(after[name] - before[name] - theirs) <= 0.05 * np.linalg.norm(theirs), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload_cpu"])
 def test_four_ranks(ranks4, name):
