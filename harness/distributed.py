@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
+import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -165,7 +169,23 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def abandon() -> None:
-    """Leave after an exception, without entering a collective."""
-    if is_initialized():
+def abandon(code: int) -> None:
+    """Leave after an exception, without entering a collective.
+
+    A group over NCCL waits for its other ranks when it is taken down (pytorch PR 119250), so there it is left as it is, and the process ends
+    with `code`, which is to be its exit code anyway, before the interpreter takes anything down.
+    """
+    if not is_initialized():
+        return
+    if dist.get_backend() == "nccl" and size() > 1:
+        atexit.register(_end, code)
+    else:
         dist.destroy_process_group()
+
+
+def _end(code: int) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
