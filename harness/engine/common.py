@@ -62,7 +62,7 @@ class CommonEngine(ABC):
         """The whole model, for its names, shapes and types; its weights need not be there."""
 
     def try_model(self) -> None:
-        """Refuse a model whose packed documents see each other or whose loss is its own mean; an engine that made its weights has done so. Collective."""
+        """Refuse a model whose packed documents meet or whose loss is its own mean; an engine that made its weights has done so. Collective."""
 
     def balance(self) -> str:
         """A sentence about a rank that holds the others up, since the last call, or an empty one. Collective."""

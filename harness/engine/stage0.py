@@ -1,4 +1,4 @@
-"""ZeRO-0: in fp32 DeepSpeed's engine leaves the gradient norm of later pipeline stages out and applies non-finite steps; in 16 bit it begins with a step of its own."""
+"""ZeRO-0: in fp32 DeepSpeed leaves out the gradient norm of later pipeline stages and applies non-finite steps, in 16 bit it begins with a step."""
 
 from __future__ import annotations
 

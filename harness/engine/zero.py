@@ -73,7 +73,7 @@ class ZeroEngine(CommonEngine):
             self.try_model()
 
     def try_model(self) -> None:
-        """Try the model on short rows, on all ranks together, and refuse it on all of them if its loss is no sum or packed documents see each other."""
+        """Try the model on short rows, on all ranks together; all refuse it if its loss is its own mean or packed documents see each other."""
         training, flex = self.deepspeed.training, self.config._attn_implementation == "flex_attention"
         piece = min(FLEX_PIECE if flex else PIECE, self.run.data.sequence_length // 2)
         row_by_row = max(self.run.train.micro_batch, self.run.evaluation.micro_batch or 1) == 1

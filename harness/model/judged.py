@@ -22,8 +22,10 @@ def aux_coefficient(model: Any) -> float:
 
 
 @torch.no_grad()
-def left_over(judged: Callable[[dict[str, torch.Tensor], int], Any], *, coefficient: float, vocabulary: int, device: torch.device, shape: tuple[int, int]) -> float:
-    """What stays of the loss of some rows, beside the auxiliary loss, when it is told to be shared by very many tokens: 0 where it is a sum over tokens.
+def left_over(
+    judged: Callable[[dict[str, torch.Tensor], int], Any], *, coefficient: float, vocabulary: int, device: torch.device, shape: tuple[int, int]
+) -> float:
+    """What stays of the loss of some rows, beside the auxiliary loss, when it is told of very many tokens: 0 where it is a sum over tokens.
 
     Args:
         judged: (inputs, tokens) -> what the model answers; in eval mode.

@@ -24,6 +24,7 @@ train:
   global_batch_rows: 8
   micro_batch: 2
 """
+FLASH = ["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.attention=flash_attention_2"]
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_unreadable_files(tmp_path, text):
 
 @pytest.mark.parametrize("override", ["train.micro_batch=1", "data.packing=none", "model.attention=sdpa", "engine.pipeline_stages=1"])
 def test_flash_attention_in_stages_that_keeps_documents_apart(run_file, override):
-    check(load(run_file, ["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.attention=flash_attention_2", override]), ranks=2, has_gpu=False)
+    check(load(run_file, [*FLASH, override]), ranks=2, has_gpu=False)
 
 
 def test_missing_and_binary_file(tmp_path):
@@ -108,9 +109,8 @@ def test_missing_and_binary_file(tmp_path):
         (["engine.deepspeed=zero9"], "no DeepSpeed configuration"),
         (["engine.deepspeed=zero3", "engine.pipeline_stages=2"], "cannot be used inside 2 pipeline stages"),
         (["engine.pipeline_stages=3"], "do not divide into pipelines"),
-        (["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.attention=flash_attention_2"], "lets the documents of a packed row see each other"),
-        (["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.attention=flash_attention_2", "train.micro_batch=1", "evaluation.micro_batch=2"],
-         "lets the documents"),
+        (FLASH, "lets the documents of a packed row see each other"),
+        ([*FLASH, "train.micro_batch=1", "evaluation.micro_batch=2"], "lets the documents"),
         (["engine.deepspeed=zero3_offload_nvme"], "needs a folder"),
         (["train.precision=fp16"], "fp16 needs a GPU"),
         (["engine.device=cuda"], "torch sees none"),
@@ -126,7 +126,9 @@ def test_rules(run_file, overrides, told):
     assert caught.value.where and caught.value.remedy
 
 
-@pytest.mark.parametrize("key", ["gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16", "data_types", "tensor_parallel", "expert_parallel"])
+@pytest.mark.parametrize(
+    "key", ["gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16", "data_types", "tensor_parallel", "expert_parallel"]
+)
 def test_a_key_that_is_not_for_this_file(run_file, tmp_path, key):
     config = tmp_path / "ds.json"
     config.write_text(f'{{"{key}": 1}}')

@@ -1,4 +1,4 @@
-"""A model whose loss is not a sum over the tokens that it is told is refused by every rank; an auxiliary loss is taken apart, whatever its coefficient's name."""
+"""A model whose loss is its own mean is refused by every rank; an auxiliary loss is taken apart, whatever its coefficient is called."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from harness.testing.models import VOCABULARY
-from harness.testing.rows import cut, random_rows
 from tests.engine import work
 
 SMALL = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-EXPERTS = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
-           "output_router_logits": True}
+EXPERTS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
+    "output_router_logits": True,
+}
 FIELDS = {
-    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
+    "bart": {
+        "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "dropout": 0.0, "is_decoder": True,
+        "is_encoder_decoder": False,
+    },
     "jetmoe": {**EXPERTS, "kv_channels": 8},
     "mixtral": {**EXPERTS, "num_attention_heads": 4},
 }
@@ -53,10 +57,7 @@ def sums(kind: str, micro_batch: int) -> list[tuple[float, float, float]]:
     from harness import distributed
 
     engine, found = opened("zero1", kind, micro_batch), []
-    batches = [
-        cut(random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY), micro_batch=micro_batch, rank=distributed.rank(), ranks=distributed.size())
-        for step in (1, 2)
-    ]
+    batches = [work.batch_of(step, micro_batch=micro_batch) for step in (1, 2)]
     for step, batch in enumerate(batches, 1):
         result = engine.train_step(batch, step=step, lr=work.LR)
         totals = torch.stack([result.loss_sum, result.aux_loss_sum])

@@ -77,8 +77,8 @@ def partly_offloaded() -> list:
         before = work.masters(engine)
         engine.train_step(work.batch_of(step), step=step, lr=lr)
         after = work.masters(engine)
-        answers.append((min(np.abs(after[name] - before[name]).max() for name in before), max(np.abs(after[name] - before[name]).max() for name in before),
-                        {group["lr"] for group in engine.hyper_parameters().values()}))
+        moved = [np.abs(after[name] - before[name]).max() for name in before]
+        answers.append((min(moved), max(moved), {group["lr"] for group in engine.hyper_parameters().values()}))
     used = any(engine.deepspeed.optimizer.backup_optimizer.state.values())
     engine.close()
     return [*answers, used]
