@@ -5,8 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import sys
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 from harness import shared_memory
-from harness.errors import Failure
+from harness import world as worlds
+from harness.errors import Failure, PeerLost, Refused
+from harness.heartbeat import mark
 from harness.world import World
 
+TURN_S = 1.0
 
 _timeout: timedelta | None = None
 """Longest wait in a collective, also of the groups that are made later."""
@@ -34,31 +41,55 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
         the device of this rank.
 
     Raises:
+        Refused: when the launcher does not say which GPU is this rank's.
         Failure: when another number of ranks met than the launcher named.
+        PeerLost: when the others did not come in time.
     """
     import deepspeed
 
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
+    if use_gpu and not world.is_placed:
+        raise Refused(
+            f"Which of its host's ranks rank {world.rank} of {world.size} is, the launcher does not say, so that all would take the first GPU.",
+            where="the environment", remedy="Use `harness launch`, deepspeed, torchrun, mpirun or srun, or set LOCAL_RANK for every rank.",
+        )
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.update(worlds.meeting_place())
     if "MASTER_ADDR" in os.environ:  # else DeepSpeed asks MPI where the ranks meet
         for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank), ("LOCAL_SIZE", world.local_size)):
             os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if world.size == 1 else "29500"
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if use_gpu else torch.device("cpu")  # each may see its own GPU alone
     if use_gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
-        )
+        started = time.monotonic()
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if use_gpu else "gloo", timeout=_timeout, verbose=False, distributed_port=int(os.environ["MASTER_PORT"])
+            )
+        except RuntimeError as error:
+            if world.size == 1 or not _speaks_of_peers(error):
+                raise
+            raise PeerLost(_why_apart(world, error, time.monotonic() - started)) from error
         deepspeed.comm.comm.cdb.new_group = new_group  # DeepSpeed's own has torch's timeout, in every group that it makes
         if not use_gpu:
             _forget_shared_memory()
     if size() != world.size:
         raise Failure(f"{world.size} ranks were launched, but {size()} met.")
-    return torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's word for the device
+    return device
+
+
+def _why_apart(world: World, error: RuntimeError, seconds: float) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', 'the host of rank 0')}:{os.environ['MASTER_PORT']} within {seconds:.0f} s (engine.timeout_minutes)"
+    if came := re.search(r"(\d+)/\d+ clients joined", str(error)):
+        return f"Of {world.size} ranks only {came[1]} came to {where}."
+    return f"Rank {world.rank} did not meet the other {world.size - 1} at {where}: {str(error).splitlines()[0]}"
 
 
 def _forget_shared_memory() -> None:
@@ -141,6 +172,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(value: Any) -> list[Any]:
+    """The value of every rank, by rank, on rank 0; nothing on the others."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size() if rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
 def broadcast_object(value: Any, *, source: int = 0) -> Any:
     """The value of rank `source`, on every rank."""
     if size() == 1:
@@ -150,16 +190,83 @@ def broadcast_object(value: Any, *, source: int = 0) -> Any:
     return box[0]
 
 
+@contextmanager
+def together(phase: str) -> Iterator[None]:
+    """Work that takes one rank as long as it takes, such as writing to a slow disk; it is over when all have done theirs. Collective.
+
+    The work enters no collective. Those who are through wait in one reduction after another of about a second each, so that the longest
+    wait in a collective does not bound it, and are seen to wait.
+
+    Args:
+        phase: of the heartbeat.
+    """
+    if size() == 1:
+        yield
+        return
+    company = _Company(_exchange_device())
+    company.start()
+    try:
+        yield
+    except BaseException:
+        company.leave()
+        raise
+    company.wait(phase)
+
+
+class _Company(threading.Thread):
+    """Tells the other ranks, about once a second, that this one still works, until none does."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(name="together", daemon=True)
+        self._device, self._is_done, self._has_left = device, threading.Event(), False
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else nullcontext():
+                self._keep()
+        except Exception as error:
+            self._error = error
+
+    def _keep(self) -> None:
+        working = 1.0
+        while working:
+            own = torch.tensor(float(not self._is_done.wait(TURN_S)), device=self._device)
+            if self._has_left:
+                return
+            dist.all_reduce(own)
+            working = own.item()
+
+    def wait(self, phase: str) -> None:
+        """Until all ranks are done."""
+        self._is_done.set()
+        while self.is_alive():
+            mark(phase)
+            self.join(TURN_S)
+        if self._error is not None:
+            raise self._error
+
+    def leave(self) -> None:
+        """After an exception: enter no further reduction."""
+        self._has_left = True
+        self._is_done.set()
+        self.join(2 * TURN_S)
+
+
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "gloo/transport", "remote process exited")
 """What gloo, NCCL and the store say, in any case of letters, when a peer or the way to it is gone."""
+_OWN_PORT = "server socket has failed to listen"
+"""What the store says of a port that another program has: no peer's doing, and no better at the next start."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
     """Whether an exception means that another rank is gone, rather than that this one did something wrong."""
-    if size() == 1 or not isinstance(error, RuntimeError):
-        return False
+    return size() > 1 and isinstance(error, RuntimeError) and _speaks_of_peers(error)
+
+
+def _speaks_of_peers(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(words in text for words in _LOST)
+    return (isinstance(error, dist.DistError) and _OWN_PORT not in text) or any(words in text for words in _LOST)
 
 
 def shutdown() -> None:

@@ -20,11 +20,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step: write aside, fsync, rename."""
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace `path` by `content` in one step: write aside, fsync, rename; `mode` is cut by the umask."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as stream:
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -32,9 +32,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, *, mode: int = 0o666) -> None:
     """Replace `path` by UTF-8 text in one step."""
-    write_bytes(path, content.encode("utf-8"))
+    write_bytes(path, content.encode("utf-8"), mode=mode)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,12 +57,13 @@ def open_to_append(path: Path) -> TextIO:
     return open(path, "a", encoding="utf-8")
 
 
-def digest_file(path: Path) -> str:
-    """BLAKE2b-128 of a file's bytes, as hex; reads 4 MiB at a time."""
+def digest_file(path: Path, *, each: Callable[[], None] = lambda: None) -> str:
+    """BLAKE2b-128 of a file's bytes, as hex; reads 4 MiB at a time, and calls `each` after each of them."""
     state = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as stream:
         while block := stream.read(4 << 20):
             state.update(block)
+            each()
     return state.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 from harness import files
 from harness.data.template import Template
 from harness.errors import Refused
+from harness.model.configure import max_positions
 from harness.resilience.hearing import Hearing, Interrupted
 
 if TYPE_CHECKING:
     from harness.engine.common import CommonEngine
 
 TEMPLATE_FILE = "harness.json"
+GENERATION_FILE = "generation_config.json"
 
 
-def write_description(folder: Path, config: Any, tokenizer: Any, template: Template) -> None:
-    """Write all that an export needs besides weights: configuration, tokenizer, template."""
+def write_description(folder: Path, config: Any, tokenizer: Any, template: Template, *, base: str | None = None) -> None:
+    """Write all that an export needs besides weights: configuration, tokenizer, template, and how the `base` model likes to be sampled.
+
+    Args:
+        folder: to write.
+        config: of the model.
+        tokenizer: of the data.
+        template: how examples became text.
+        base: the model that is fine-tuned: a folder, or a name on the hub.
+    """
     described = copy.deepcopy(config)
     described.use_cache = True
     stops = template.stop_ids(tokenizer)
@@ -27,6 +38,21 @@ def write_description(folder: Path, config: Any, tokenizer: Any, template: Templ
     described.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files.write_json(folder / TEMPLATE_FILE, {"version": 1, "template": template.to_dict()})
+    if base is not None and (sampling := _sampling_of(base)):
+        more = sampling.get("eos_token_id") or []
+        ends = list(dict.fromkeys([*stops, *(more if isinstance(more, list) else [more])]))
+        files.write_json(folder / GENERATION_FILE, sampling | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def _sampling_of(base: str) -> dict[str, Any] | None:
+    """The generation settings of a model, as it has them; None when it has none that can be read."""
+    from transformers.utils import cached_file
+
+    try:
+        settings = files.read_json(cached_file(base, GENERATION_FILE))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, prompts: list[str], *, max_new_tokens: int, hearing: Hearing) -> list[tuple[str, str]]:
@@ -37,7 +63,7 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
         tokenizer: of the data.
         template: how prompts were written in training.
         prompts: as a user would type them.
-        max_new_tokens: bound of each answer.
+        max_new_tokens: bound of each answer, besides the positions that the model has left.
         hearing: of requests to stop, which end it between two answers.
 
     Returns:
@@ -46,10 +72,11 @@ def answer_prompts(engine: CommonEngine, tokenizer: Any, template: Template, pro
     Raises:
         Interrupted: on all ranks, when one of them was asked to stop.
     """
-    answered = []
+    answered, positions = [], max_positions(engine.config.get_text_config())
     for prompt in prompts:
         ids = template.prompt_ids(prompt, tokenizer)
-        (answer,) = engine.generate([ids], stop_ids=template.stop_ids(tokenizer), max_new_tokens=max_new_tokens)
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
+        (answer,) = engine.generate([ids], stop_ids=template.stop_ids(tokenizer), max_new_tokens=room)
         answered.append((prompt, tokenizer.decode(answer, skip_special_tokens=True).strip()))
         if hearing.now():
             raise Interrupted
@@ -75,21 +102,41 @@ class Generator:
         Raises:
             Refused: when it holds no model.
         """
+        if not (folder / "config.json").is_file():
+            is_run = (folder / "attempts").is_dir() or (folder / "checkpoints").is_dir()
+            raise Refused(
+                f"{folder} is the folder of a run." if is_run else f"{folder} holds no model.", where=str(folder),
+                remedy=f"Export it with `harness export {shlex.quote(str(folder))} --to FOLDER`, and ask that one." if is_run
+                else "Give a folder that `harness export` wrote.",
+            )
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         if not sys.stderr.isatty():
             disable_progress_bar()
-        if not (folder / "config.json").is_file():
-            raise Refused(f"{folder} holds no model.", where=str(folder), remedy="Give a folder that `harness export` wrote.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
         described = folder / TEMPLATE_FILE
         template = Template.from_dict(files.read_json(described)["template"]) if described.is_file() else None
         return cls(model, AutoTokenizer.from_pretrained(folder), template)
 
-    def answer(self, prompt: str, *, chat: bool = False, raw: bool = False, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
+    def refuse_chat(self) -> None:
+        """Refuse a folder that knows no conversations.
+
+        Raises:
+            Refused: when its tokenizer has no chat template, and it was not trained on turns without one.
+        """
+        if not Template.for_messages(self.tokenizer).chat and not (self.template and self.template.kind == "messages"):
+            raise Refused(
+                "The folder has no chat template.", where=f"--chat, {self.tokenizer.name_or_path}",
+                remedy="Leave --chat out: the prompt is written as in training.",
+            )
+
+    def answer(
+        self, prompt: str, *, chat: bool = False, raw: bool = False, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
         """The text that follows `prompt`.
 
         Args:
@@ -98,6 +145,7 @@ class Generator:
             raw: do not apply the template of training.
             max_new_tokens: bound of the answer.
             temperature: 0 is greedy.
+            top_p: sample from the likeliest tokens that together have this probability; by default as the folder has it.
             seed: of sampling.
         """
         import torch
@@ -109,7 +157,9 @@ class Generator:
         room = positions - len(ids) if positions else max_new_tokens
         tensor = torch.tensor([ids], device=self.model.device)
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        if top_p is not None:
+            sampling["top_p"] = top_p
         with torch.no_grad():
             output = self.model.generate(
                 tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=min(max_new_tokens, room), use_cache=True,

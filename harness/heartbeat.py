@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 PHASES = ("start", "meet", "build", "load", "data", "forward", "backward", "reduce", "step", "save", "evaluate", "generate", "end")
 VARIABLE = "HARNESS_HEARTBEAT"
 _NAME = "harness-heartbeat"
-_SLOT = struct.Struct(f"<dqqqd{len(PHASES)}d")
+_SLOT = struct.Struct(f"<dqqqdq{len(PHASES)}d")
 _SLOT_BYTES = -(-_SLOT.size // 64) * 64
 
 
@@ -27,6 +27,7 @@ class Beat:
         count: marks so far.
         began: when the rank was started, in seconds since the epoch; 0 before its first mark.
         spent_s: seconds in each phase up to this mark; phases that did not occur are left out.
+        first: the step that the rank began with; 0 before it.
     """
 
     at_s: float
@@ -35,6 +36,7 @@ class Beat:
     count: int
     began: float = 0.0
     spent_s: dict[str, float] = field(default_factory=dict)
+    first: int = 0
 
 
 class Board:
@@ -49,7 +51,7 @@ class Board:
         os.ftruncate(self.descriptor, ranks * _SLOT_BYTES)
         self._memory = mmap.mmap(self.descriptor, ranks * _SLOT_BYTES)
         for local_rank in range(ranks):  # silence is counted from here, not from the host's start
-            _SLOT.pack_into(self._memory, local_rank * _SLOT_BYTES, time.monotonic(), 0, 0, 0, 0.0, *[0.0] * len(PHASES))
+            _SLOT.pack_into(self._memory, local_rank * _SLOT_BYTES, time.monotonic(), 0, 0, 0, 0.0, 0, *[0.0] * len(PHASES))
 
     def variable(self, local_rank: int) -> dict[str, str]:
         """What a rank, which must inherit the descriptor, finds in its environment."""
@@ -57,8 +59,8 @@ class Board:
 
     def beat(self, local_rank: int) -> Beat:
         """The last mark of a rank."""
-        at_s, step, phase, count, began_at, *spent_s = _SLOT.unpack_from(self._memory, local_rank * _SLOT_BYTES)
-        return Beat(at_s, step, PHASES[phase], count, began_at, _rounded(dict(zip(PHASES, spent_s, strict=True))))
+        at_s, step, phase, count, began_at, first, *spent_s = _SLOT.unpack_from(self._memory, local_rank * _SLOT_BYTES)
+        return Beat(at_s, step, PHASES[phase], count, began_at, _rounded(dict(zip(PHASES, spent_s, strict=True))), first)
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -77,7 +79,7 @@ class Pulse:
     def __init__(self) -> None:
         self.spent_s = dict.fromkeys(PHASES, 0.0)
         self._slot = _inherited()
-        self._phase, self._step, self._count = 0, 0, 0
+        self._phase, self._step, self._count, self._first = 0, 0, 0, 0
         self._since_s = time.monotonic() - _age_s()
         self.began = time.time() - _age_s()
         self._write(time.monotonic())
@@ -88,11 +90,12 @@ class Pulse:
         self.spent_s[PHASES[self._phase]] += now_s - self._since_s
         self._phase, self._since_s, self._count = PHASES.index(phase), now_s, self._count + 1
         self._step = self._step if step is None else step
+        self._first = self._first or self._step
         self._write(now_s)
 
     def _write(self, now_s: float) -> None:
         if self._slot is not None:
-            self._slot(now_s, self._step, self._phase, self._count, self.began, *self.spent_s.values())
+            self._slot(now_s, self._step, self._phase, self._count, self.began, self._first, *self.spent_s.values())
 
 
 def _inherited() -> Callable[..., None] | None:
@@ -120,6 +123,11 @@ def _age_s() -> float:
 
 _PULSE = Pulse()
 mark = _PULSE.mark
+
+
+def alive() -> None:
+    """A sign of life in the midst of long work: the phase that is going on goes on."""
+    mark(PHASES[_PULSE._phase])
 
 
 def began() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -10,17 +11,29 @@ _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_FIRST_PORT, _NUM_PORTS = 20000, 12000
+"""Where the tasks of a Slurm step meet: below the ports that a kernel hands to connections, other steps elsewhere."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among the ranks of a job."""
+    """The place of this process among the ranks of a job.
+
+    Attributes:
+        rank: of this process.
+        size: ranks of the job.
+        local_rank: of this process on its host.
+        local_size: ranks on its host.
+        host: its name.
+        is_placed: whether the launcher said which of its host's ranks this is.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     host: str = "localhost"
+    is_placed: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -83,11 +96,38 @@ def _first(names: tuple[str, ...], default: int) -> int:
 
 def current() -> World:
     """The world as the launcher described it; one rank of one when nothing did."""
-    size = _first(_WORLD_SIZE, 1)
+    step = _step()
+    size = _first(_WORLD_SIZE, step.size)
+    local_rank = _first(_LOCAL_RANK, step.local_rank if step.is_placed else -1)
+    local_size = _first(_LOCAL_SIZE, step.local_size if step.size > 1 else size)
+    is_placed = size == 1 or local_rank >= 0
+    return World(_first(_RANK, step.rank), size, max(0, local_rank), local_size, host=socket.gethostname(), is_placed=is_placed)
+
+
+def _step() -> World:
+    """What Slurm says of a task that `srun` started; what a launcher inside the task says goes before."""
+    if not os.environ.get("SLURM_STEP_ID", "").isdigit() or "SLURM_PTY_PORT" in os.environ:  # in a shell of --pty it is the shell that is the task
+        return World(is_placed=False)
+    sizes = _tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node, size = _first(("SLURM_NODEID",), 0), _first(("SLURM_STEP_NUM_TASKS",), 1)
     return World(
-        rank=_first(_RANK, 0),
-        size=size,
-        local_rank=_first(_LOCAL_RANK, 0),
-        local_size=_first(_LOCAL_SIZE, size),
-        host=socket.gethostname(),
+        rank=_first(("SLURM_PROCID",), 0), size=size, local_rank=_first(("SLURM_LOCALID",), 0), local_size=sizes[node] if node < len(sizes) else size,
+        is_placed="SLURM_LOCALID" in os.environ,
     )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's `8(x2),4` is 8, 8, 4."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def meeting_place() -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for the tasks of a Slurm step, the same in all of them; empty under launchers that know better."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    if _step().size == 1 or not nodes or any(name in os.environ for name in ("MASTER_ADDR", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALRANKID")):
+        return {}
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else nodes)
+    number = _first(("SLURM_JOB_ID",), 0) * 20 + _first(("SLURM_STEP_ID",), 0)
+    return {"MASTER_ADDR": host, "MASTER_PORT": os.environ.get("MASTER_PORT", str(_FIRST_PORT + number % _NUM_PORTS))}

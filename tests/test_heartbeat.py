@@ -18,6 +18,8 @@ time.sleep(0.2)
 heartbeat.mark("forward", 7)
 child = subprocess.run([sys.executable, "-c", "from harness import heartbeat; heartbeat.mark('save', 99)"], close_fds=False)
 heartbeat.mark("backward")
+heartbeat.mark("forward", 8)
+heartbeat.mark("backward")
 print(json.dumps({"spent": heartbeat.spent(), "began": heartbeat.began(), "now": time.time(), "left": "HARNESS_HEARTBEAT" in os.environ}))
 """
 
@@ -29,7 +31,7 @@ def test_a_rank_marks_and_its_starter_reads():
     started, before = time.time(), time.monotonic()
     done = subprocess.run([sys.executable, "-c", RANK], env=os.environ | board.variable(1), pass_fds=(board.descriptor,), capture_output=True, text=True, check=True)
     beat, told = board.beat(1), json.loads(done.stdout)
-    assert (beat.step, beat.phase, beat.count) == (7, "backward", 3) and before < beat.at_s < time.monotonic()
+    assert (beat.step, beat.phase, beat.count, beat.first) == (8, "backward", 5, 7) and before < beat.at_s < time.monotonic()
     assert board.beat(0).count == 0 and not told["left"]
     assert abs(told["began"] - started) < 0.5 and told["spent"]["build"] >= 0.2
     assert abs(sum(told["spent"].values()) - (told["now"] - told["began"])) < 0.05, "the phases add up to the life of the process"

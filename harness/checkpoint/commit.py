@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import distributed
+from harness.checkpoint import buffers as buffer_file
 from harness.checkpoint import certificate
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.shelf import MARKER, checkpoints_folder, committed, folder_name
@@ -27,6 +28,8 @@ from harness.units import format_bytes
 from harness.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.slices import SliceGroup
 
 BYTES_PER_PARAMETER = 12
@@ -46,32 +49,6 @@ Answer = tuple[Written | None, str]
 """What a rank wrote, or why it could not."""
 
 
-def save(
-    groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks | None = None
-) -> Path:
-    """Commit a checkpoint. Collective: every rank calls it, and it fails on all of them or on none.
-
-    Args:
-        groups: the slices that this rank owns; one group is in memory at a time.
-        run_dir: the run's folder.
-        fields: what the manifest says besides files, versions, world size and Adam's step count; of its `certificate`, what is
-            not of the slices.
-        attempt: number of this start of the run.
-        world: this rank's place.
-        disks: which ranks share the run's folder; by default all.
-
-    Returns:
-        the folder of the checkpoint.
-
-    Raises:
-        Failure: when a rank could not write, or a parameter would not be stored whole and once.
-    """
-    disks = disks or Disks.shared(world)
-    check_room(run_dir, fields, disks)
-    answer = write(groups, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
-    return conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world, disks=disks)
-
-
 def check_room(run_dir: Path, fields: dict[str, Any], disks: Disks) -> None:
     """Before anything is written. Collective.
 
@@ -83,21 +60,35 @@ def check_room(run_dir: Path, fields: dict[str, Any], disks: Disks) -> None:
         raise Failure(f"The checkpoint of step {fields['step']} was not saved; the one before it stands.\n  {lacking}")
 
 
-def write(groups: Iterable[SliceGroup], *, run_dir: Path, step: int, attempt: int, rank: int) -> Answer:
+def write(
+    groups: Iterable[SliceGroup], buffers: Mapping[str, torch.Tensor], *, run_dir: Path, step: int, attempt: int, rank: int
+) -> Answer:
     """Write this rank's part of a checkpoint aside. No collective; what goes wrong is part of the answer."""
-    return _attempt(lambda: _write_groups(_aside(run_dir, step, attempt), groups, rank))
+    return _attempt(lambda: _write(_aside(run_dir, step, attempt), groups, buffers, rank))
 
 
 def conclude(answer: Answer, *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks) -> Path:
-    """Commit what all ranks wrote. Collective; the arguments are those of `save`, and what `write` gave on this rank.
+    """Commit what all ranks wrote. Collective: it fails on all of them or on none.
+
+    Args:
+        answer: what `write` gave on this rank.
+        run_dir: the run's folder.
+        fields: what the manifest says besides files, versions, world size and Adam's step count; of its `certificate`, what is
+            not of the slices.
+        attempt: number of this start of the run.
+        world: this rank's place.
+        disks: which ranks share the run's folder.
+
+    Returns:
+        the folder of the checkpoint.
 
     Raises:
-        Failure: as `save`.
+        Failure: when a rank could not write, or a parameter would not be stored whole and once.
     """
     folder, aside = checkpoints_folder(run_dir) / folder_name(fields["step"]), _aside(run_dir, fields["step"], attempt)
-    answers = distributed.gather_objects(answer)
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
-    problems = problems or _commit_everywhere(aside, folder, fields, [written for written, _ in answers], world, disks)
+    answers = distributed.gather_on_main(answer)
+    manifest, problems = _manifest_of(answers, fields, world, disks) if world.is_main else (None, [])
+    problems = distributed.broadcast_object(problems) or _commit_everywhere(aside, folder, manifest, disks)
     if problems:
         if disks.is_leader:
             shutil.rmtree(aside, ignore_errors=True)
@@ -153,10 +144,10 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> Written:
+def _write(aside: Path, groups: Iterable[SliceGroup], buffers: Mapping[str, torch.Tensor], rank: int) -> Written:
     """Write every group to a file; its sums are taken meanwhile."""
     aside.mkdir(parents=True, exist_ok=True)
-    files, adam_step, sums = [], 0, {}
+    files, adam_step, sums = [buffer_file.write(aside, buffers)] if buffers else [], 0, {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, group in enumerate(groups):
             counting = pool.submit(certificate.sums_of_group, group)
@@ -173,16 +164,20 @@ def _write_groups(aside: Path, groups: Iterable[SliceGroup], rank: int) -> Writt
     return Written(files, adam_step, sums)
 
 
-def _commit_everywhere(
-    aside: Path, folder: Path, fields: dict[str, Any], written: list[Written], world: World, disks: Disks
-) -> list[str]:
+def _manifest_of(answers: list[Answer], fields: dict[str, Any], world: World, disks: Disks) -> tuple[Manifest | None, list[str]]:
+    """The manifest, or what went wrong on which rank."""
+    if problems := [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]:
+        return None, problems
+    manifest, problem = _attempt(lambda: _manifest(fields, [written for written, _ in answers], world, disks))
+    return manifest, [problem] if problem else []
+
+
+def _commit_everywhere(aside: Path, folder: Path, manifest: Manifest | None, disks: Disks) -> list[str]:
     """Each disk's leader commits its part; none is renamed before all are ready. Collective; answers with what went wrong."""
-    manifest, problem = _attempt(lambda: _manifest(fields, written, world, disks)) if world.is_main else (None, "")
     if not disks.is_one:
         manifest = distributed.broadcast_object(manifest)
     for act in (lambda: _prepare(aside, manifest, disks.number), lambda: publish(aside, folder)):
-        if disks.is_leader and manifest is not None:
-            _, problem = _attempt(act)
+        problem = _attempt(act)[1] if disks.is_leader else ""
         answers = distributed.gather_objects(problem)
         if problems := [text if disks.is_one else f"{disks.hosts[rank]}: {text}" for rank, text in enumerate(answers) if text]:
             return problems

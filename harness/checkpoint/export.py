@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from harness.checkpoint import buffers as buffer_file
 from harness.checkpoint.disks import refuse_part
 from harness.checkpoint.read import SliceReader
 from harness.checkpoint.shelf import best, checkpoints_folder, folder_name, inspect, newest_good
 from harness.errors import Refused
 from harness.files import read_json, sync_folder, write_json
 from harness.formats.manifest import FILE_NAME, Manifest
-from harness.formats.tensor_file import ITEM_BYTES, TensorEntry, write_tensors
+from harness.formats.tensor_file import TensorEntry, write_tensors
 from harness.log import say
 
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
@@ -96,7 +97,7 @@ def _find(source: Path, checkpoint: str | None) -> tuple[Path, Manifest]:
             )
     if (source / FILE_NAME).is_file() or checkpoint not in (None, "best"):
         return _holding(source)
-    found, skipped = newest_good(source, set_aside=False)
+    found, skipped = newest_good(source)
     if found is None:
         problem = f"No checkpoint holds: {'; '.join(skipped[:3])}." if skipped else "There is no checkpoint here."
         raise Refused(
@@ -160,7 +161,7 @@ def _copy_description(description: Path, to: Path, *, dtype: str) -> None:
 
 
 def write_weights(reader: SliceReader, to: Path, *, dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Stream every parameter, tied ones once, into `model.safetensors` or into shards with an index.
+    """Stream every parameter, tied ones once, into `model.safetensors` or into shards with an index, and persistent buffers in their own type.
 
     Args:
         reader: the checkpoint.
@@ -168,8 +169,8 @@ def write_weights(reader: SliceReader, to: Path, *, dtype: str, shard_bytes: int
         dtype: key of `DTYPES`.
         shard_bytes: most bytes of tensors in a file, a single larger tensor aside.
     """
-    code, kind = DTYPES[dtype]
-    entries = [TensorEntry(name, code, entry.shape) for name, entry in reader.manifest.parameters.items()]
+    (code, kind), buffers = DTYPES[dtype], reader.buffers()
+    entries = [TensorEntry(name, code, entry.shape) for name, entry in reader.manifest.parameters.items()] + buffer_file.entries(buffers)
     shards = _shards(entries, shard_bytes)
     names = (
         ["model.safetensors"]
@@ -177,10 +178,11 @@ def write_weights(reader: SliceReader, to: Path, *, dtype: str, shard_bytes: int
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     for file, shard in zip(names, shards, strict=True):
-        write_tensors(to / file, shard, _chunks(reader, shard, kind))
+        write_tensors(to / file, shard, _chunks(reader, buffers, shard, kind))
     if len(shards) > 1:
         total = sum(entry.num_bytes for entry in entries)
-        index: dict[str, Any] = {"metadata": {"total_size": total, "total_parameters": total // ITEM_BYTES[code]}}
+        count = sum(entry.numel for entry in reader.manifest.parameters.values())
+        index: dict[str, Any] = {"metadata": {"total_size": total, "total_parameters": count}}
         index["weight_map"] = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(to / "model.safetensors.index.json", index)
 
@@ -197,8 +199,11 @@ def _shards(entries: list[TensorEntry], shard_bytes: int) -> list[list[TensorEnt
     return shards
 
 
-def _chunks(reader: SliceReader, shard: list[TensorEntry], kind: torch.dtype) -> Iterator[Any]:
+def _chunks(reader: SliceReader, buffers: dict[str, torch.Tensor], shard: list[TensorEntry], kind: torch.dtype) -> Iterator[Any]:
     for entry in shard:
+        if entry.name in buffers:
+            yield buffer_file.content(buffers[entry.name])
+            continue
         numel = reader.manifest.parameters[entry.name].numel
         for offset in range(0, numel, CHUNK_ELEMENTS):
             part = reader.read("master", entry.name, offset, min(CHUNK_ELEMENTS, numel - offset))

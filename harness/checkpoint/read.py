@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from harness.errors import Failure
-from harness.formats.manifest import KINDS, Manifest
+from harness.formats.manifest import BUFFERS, KINDS, Manifest
 
 if TYPE_CHECKING:
     from harness.engine.holdings import Slice
@@ -72,13 +72,20 @@ class SliceReader:
         return result
 
     def files(self, slices: Iterable[Slice]) -> set[str]:
-        """The files in which slices lie."""
-        found = set()
+        """The files in which slices lie, and that of the buffers."""
+        found = {entry.file for entry in self.manifest.files if entry.file == BUFFERS}
         for part in slices:
             stored = self._stored.get(self.manifest.tied.get(part.name, part.name), [])
             end = part.offset + part.length
             found |= {file for start, length, file in stored if start < end and part.offset < start + length}
         return found
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's persistent buffers, in their own types; empty where it has none, or an earlier version saved it."""
+        if not any(entry.file == BUFFERS for entry in self.manifest.files):
+            return {}
+        file = self._file(BUFFERS)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
     def close(self) -> None:
         """Let go of the files."""

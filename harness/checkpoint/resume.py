@@ -10,7 +10,7 @@ from harness import distributed
 from harness.checkpoint.commit import publish
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.shelf import checkpoints_folder, committed, folder_name, has_damaged, inspect, leftovers, put_aside, restore_replaced
-from harness.errors import Refused
+from harness.errors import Failure, HarnessError, Refused
 from harness.files import digest_file
 from harness.formats.manifest import FILE_NAME, Manifest, absent_parts, parse_manifest
 
@@ -24,19 +24,21 @@ class Sight:
         absent: number and hosts of each disk whose files are not here; all others are, and hold.
         aside: where it lies instead, when it was ready to be committed here and, as can be seen on another disk, was about to be.
         problem: why it does not hold; empty when it does, or is not here.
+        error: why nobody can say.
     """
 
     identity: str = ""
     absent: dict[int, str] = field(default_factory=dict)
     aside: Path | None = None
     problem: str = ""
+    error: HarnessError | None = None
 
 
 def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of which all files hold, on whatever disks they are. Collective.
 
     What is damaged is renamed to `*.damaged` on its disk, and what is newer than the one chosen, but not there on all disks, to
-    `*.incomplete`. After a crash between the commits of two hosts, the second is made up for. Nothing is deleted.
+    `*.incomplete`; what a disk does not give, or a later version wrote, keeps its name. After a crash between the commits of two hosts, the second is made up for. Nothing is deleted.
 
     Args:
         run_dir: the run's folder.
@@ -47,14 +49,19 @@ def newest(run_dir: Path, disks: Disks, *, tell: Callable[[str], None]) -> tuple
         folder and manifest, the same on all ranks; None when nothing was saved yet.
 
     Raises:
-        Refused: on all ranks, when there are checkpoints but none holds, or the newest has files on a host that does not take part.
+        Refused: on all ranks, when there are checkpoints but none holds, the newest has files on a host that does not take part, or a
+            later version wrote it.
+        Failure: on all ranks, when a disk does not give it.
     """
     answers = distributed.gather_objects(_survey(run_dir) if disks.is_leader else ([], [], False))
     steps = sorted({step for mine, _, _ in answers for step in mine}, reverse=True)
     _tell(tell, disks, enumerate(texts for _, texts, _ in answers))
     for step in steps:
         folder = checkpoints_folder(run_dir) / folder_name(step)
-        sights = distributed.gather_objects(_look(folder) if disks.is_leader else Sight())
+        with distributed.together("load"):
+            sight = _look(folder) if disks.is_leader else Sight()
+        sights = distributed.gather_objects(sight)
+        _refuse_unread(sights, disks)
         _tell(tell, disks, ((rank, [sight.problem]) for rank, sight in enumerate(sights) if sight.problem))
         source = next((rank for rank, sight in enumerate(sights) if sight.identity and not _missing(sights, sight.identity)), None)
         if source is not None:
@@ -86,6 +93,21 @@ def _survey(run_dir: Path) -> tuple[list[int], list[str], bool]:
 
 
 def _look(folder: Path) -> Sight:
+    try:
+        return _found(folder)
+    except HarnessError as error:
+        return Sight(error=error)
+    except OSError as error:
+        return Sight(error=Failure(f"{folder.name}: {error}"))
+
+
+def _refuse_unread(sights: list[Sight], disks: Disks) -> None:
+    for rank, sight in enumerate(sights):
+        if sight.error is not None:
+            raise sight.error if disks.is_one else type(sight.error)(f"On {disks.name(disks.number_of(rank))}: {sight.error}")
+
+
+def _found(folder: Path) -> Sight:
     if not folder.is_dir():
         asides = [(aside, *inspect(aside)) for aside in folder.parent.glob(f"{folder.name}.tmp-*") if (aside / FILE_NAME).is_file()]
         return next((_sight(aside, manifest, aside=aside) for aside, manifest, problems in asides if manifest and not problems), Sight())

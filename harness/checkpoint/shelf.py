@@ -6,14 +6,24 @@ import math
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
+from typing import TypeVar
 
+from harness.errors import Failure, Refused
 from harness.files import digest_file, sync_folder
-from harness.formats.manifest import Manifest, ManifestError, SliceFile, coverage_problems, part_name, parts, read_manifest
+from harness.formats.manifest import LaterVersion, Manifest, ManifestError, SliceFile, coverage_problems, part_name, parts, read_manifest
+from harness.heartbeat import alive
 from harness.log import say
 
+T = TypeVar("T")
 MARKER = "latest"
+MARK_S = 1.0
+RETRY_S = 1.0
+"""After this long, what a disk did not give is asked for once more."""
 _COMMITTED = re.compile(r"step-(\d{6,})$")
 
 
@@ -40,60 +50,91 @@ def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
     """Whether a checkpoint holds: its manifest, and every reason against it (an empty list when it does hold).
 
     Reads every byte of the files; sizes are looked at first. Files of other hosts' disks are not looked for (`absent_parts`).
+
+    Raises:
+        Failure: when the disk does not give a file, which may be whole.
+        Refused: when a later version has written it.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = _read(folder, lambda: read_manifest(folder))
     except ManifestError as error:
         return None, [str(error)]
+    except LaterVersion as error:
+        raise Refused(
+            f"{folder.name} was written by a later version of this harness: {error}.", where=str(folder),
+            remedy="Use that version, or rename the folder to use the checkpoint before it.",
+        ) from None
     here = parts(folder, manifest)
     if not here:
         return manifest, [f"no {part_name(0)} or other file says whose part it is"]
     files = [entry for entry in manifest.files if entry.disk in here]
     problems = [text for text in (_size_problem(folder, entry) for entry in files) if text]
     if not problems:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            problems = [text for text in pool.map(lambda entry: _digest_problem(folder, entry), files) if text]
+        problems = _digest_problems(folder, files)
     return manifest, problems or coverage_problems(manifest.parameters, manifest.files)
 
 
 def _size_problem(folder: Path, entry: SliceFile) -> str:
-    path = folder / entry.file
-    if not path.is_file():
+    try:
+        size = _read(folder, (folder / entry.file).stat).st_size
+    except FileNotFoundError:
         return f"{entry.file} is missing"
-    size = path.stat().st_size
     return "" if size == entry.bytes else f"{entry.file} has {size} bytes instead of {entry.bytes}"
 
 
-def _digest_problem(folder: Path, entry: SliceFile) -> str:
+def _digest_problems(folder: Path, files: list[SliceFile]) -> list[str]:
+    """Of all files, some at a time; as long as they can be read, this rank gives signs of life."""
+    is_read = Event()
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = [pool.submit(_digest_problem, folder, entry, is_read.set) for entry in files]
+        while wait(found, timeout=MARK_S).not_done:
+            if is_read.is_set():
+                is_read.clear()
+                alive()
+    return [text for one in found if (text := one.result())]
+
+
+def _digest_problem(folder: Path, entry: SliceFile, each: Callable[[], None]) -> str:
     try:
-        return (
-            "" if digest_file(folder / entry.file) == entry.digest else f"{entry.file} was changed since it was written"
-        )
+        digest = _read(folder, lambda: digest_file(folder / entry.file, each=each))
+    except FileNotFoundError:
+        return f"{entry.file} is missing"
+    return "" if digest == entry.digest else f"{entry.file} was changed since it was written"
+
+
+def _read(folder: Path, action: Callable[[], T], *, again: bool = True) -> T:
+    """What reading gives; a disk that falters is asked once more.
+
+    Raises:
+        Failure: when it falters again.
+        FileNotFoundError: when it says that there is no such file.
+    """
+    try:
+        return action()
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        return f"{entry.file} cannot be read: {error}"
+        if not again:
+            raise Failure(f"{folder.name} cannot be read, and may be whole: {error}. It was left as it is.") from None
+    time.sleep(RETRY_S)
+    return _read(folder, action, again=False)
 
 
-def newest_good(run_dir: Path, *, set_aside: bool = True) -> tuple[tuple[Path, Manifest] | None, list[str]]:
-    """The newest checkpoint that holds. One rank calls it.
-
-    Args:
-        run_dir: the run's folder.
-        set_aside: rename what is damaged to `*.damaged`, so that it is not looked at again; nothing is deleted.
+def newest_good(run_dir: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """The newest checkpoint that holds; nothing is changed.
 
     Returns:
         folder and manifest, or None; and why each newer one, finished or not, was passed over.
+
+    Raises:
+        Failure, Refused: as `inspect`.
     """
-    if set_aside:
-        restore_replaced(run_dir)
     skipped = [f"{path.name} was not finished" for path in leftovers(run_dir)]
     for _, folder in committed(run_dir):
         manifest, problems = inspect(folder)
         if manifest is not None and not problems:
             return (folder, manifest), skipped
-        reason = "; ".join(problems[:3])
-        skipped.append(
-            f"{folder.name} is damaged: {reason}" + (f"; now {put_aside(folder).name}" if set_aside else "")
-        )
+        skipped.append(f"{folder.name} is damaged: {'; '.join(problems[:3])}")
     return None, skipped
 
 
@@ -131,19 +172,22 @@ def best(run_dir: Path, best_step: int) -> int | None:
 
     Args:
         run_dir: the run's folder.
-        best_step: of the best evaluation; where its save failed, or was found damaged, the lowest loss among the others counts.
+        best_step: of the best evaluation, 0 where there was none; where its save failed, or was found damaged, the lowest loss among the others counts.
+
+    Raises:
+        Failure: when the disk does not give a manifest.
     """
     there = dict(committed(run_dir))
-    if best_step in there:
-        return best_step
+    if best_step in there or not best_step:
+        return best_step or None
     losses = {step: _evaluation_loss(folder) for step, folder in there.items()}
     return min((step for step in losses if math.isfinite(losses[step])), key=lambda step: losses[step], default=None)
 
 
 def _evaluation_loss(folder: Path) -> float:
     try:
-        return float(read_manifest(folder).metrics.get("eval/loss", math.inf))
-    except ManifestError:
+        return float(_read(folder, lambda: read_manifest(folder)).metrics.get("eval/loss", math.inf))
+    except (ManifestError, LaterVersion):
         return math.inf
 
 
@@ -160,6 +204,9 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
 
     Returns:
         the checkpoints that are gone.
+
+    Raises:
+        Failure: as `best`; nothing is deleted then.
     """
     gone, best_there = [], None if best_step is None else best(run_dir, best_step)
     for position, (step, folder) in enumerate(committed(run_dir)):
@@ -171,9 +218,14 @@ def retain(run_dir: Path, *, keep_last: int, best_step: int | None = None, keep_
                 say(f"The old checkpoint {folder.name} cannot be deleted: {error}")
                 continue
             gone.append(folder)
+    sweep(run_dir)
+    return gone
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what saves, deletions and transfers that were killed have left. One rank of each disk, between saves."""
     folder = checkpoints_folder(run_dir)
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.replaced"), *folder.glob("step-*.fetched"), *leftovers(run_dir)]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".{MARKER}.*.tmp"):
         path.unlink(missing_ok=True)
-    return gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -82,10 +83,18 @@ def _plan(loaded: Loaded, arguments: argparse.Namespace) -> LaunchPlan:
 
 
 def _show(plan: LaunchPlan) -> None:
-    """The commands, and the files that they read, as they would be."""
+    """The commands, and what they read, as they would be but for the values of secrets."""
     for path, text in plan.texts.items():
         print(f"# {path}\n{text}")
+    for name, text in {**{str(path): text for path, text in plan.private.items()}, "the standard input of each command": plan.stdin}.items():
+        if text:
+            print(f"# {name}\n" + "".join(_masked(line) for line in text.splitlines(keepends=True)))
     for name, value in plan.environment.items():
-        print(f"export {name}={shlex.quote(value)}")
+        print("export " + _masked(f"{name}={shlex.quote(value)}"))
     for command in plan.commands:
         print(shlex.join(command))
+
+
+def _masked(line: str) -> str:
+    """`NAME=VALUE` without the value, where the name says that it is a secret."""
+    return re.sub(r"(?i)^(\w*(?:TOKEN(?!IZER)|KEY|SECRET|PASSWORD|CREDENTIAL)\w*=).*", r"\1***", line)

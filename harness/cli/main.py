@@ -53,11 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     added["export"].add_argument("--checkpoint", metavar="NAME", help="such as step-000400, or best; by default the newest")
     added["export"].add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default=None, help="by default that of training")
     added["generate"].add_argument("folder", metavar="FOLDER")
-    added["generate"].add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    added["generate"].add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times; - stands for the lines of standard input")
     added["generate"].add_argument("--chat", action="store_true", help="treat the prompt as a user's turn of a conversation")
     added["generate"].add_argument("--raw", action="store_true", help="do not apply the template of training")
     added["generate"].add_argument("--max-new-tokens", type=int, default=128)
     added["generate"].add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    added["generate"].add_argument("--top-p", type=float, help="sample from the likeliest tokens that together have this probability")
     added["generate"].add_argument("--seed", type=int, default=0, help="of sampling")
     actions = added["data"].add_subparsers(dest="action", required=True, metavar="show|where")
     for name, text in (("show", "the documents that a step trained on"), ("where", "when a row was or will be trained")):

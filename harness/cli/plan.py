@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
     for name, rows in {"train": facts["data"].train, **{f"validation {name}".strip(): rows for name, rows in facts["data"].validation.items()}}.items():
         table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
+    table.add_row("template", facts["data"].template.told)
     table.add_row("states on each device", format_bytes(memory.device))
     table.add_row("states on each host", format_bytes(memory.host))
     table.add_row("states on each NVMe", format_bytes(memory.nvme))

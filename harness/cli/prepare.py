@@ -30,5 +30,6 @@ def _prepare(arguments: argparse.Namespace, executor: Executor | None) -> int:
             given = f"data.sets ({loaded.origin('data.sets')})" if loaded.run.data.sets else f"data ({loaded.origin('data')})"
             raise Refused(f"There is nothing to prepare: `data.{key}` is not set.", where=given, remedy="Set `data.train` to raw sources and `data.dir` to a folder.")
     audit = prepare(loaded.run, executor=executor)
-    Console().print(audit.render())
+    console = Console()
+    console.print(audit.render(console))
     return EXIT_DONE

@@ -128,7 +128,7 @@ class Job:
 def _prepare(loaded: Loaded, console: Console) -> None:
     from harness.data.prepare import prepare
 
-    console.print(prepare(loaded.run).render())
+    console.print(prepare(loaded.run).render(console))
 
 
 def _train(job: Job) -> None:

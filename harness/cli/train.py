@@ -69,6 +69,7 @@ def _train(loaded: Loaded, world: World) -> int:
     except HarnessError as error:
         if isinstance(error, StopRequested):
             say(str(error))
+            _close(loaded, world, state=error.state)
         _leave(loaded, world, attempt, state=error.state, code=error.exit_code, reason=str(error))
         raise
     except BaseException as error:
@@ -79,6 +80,7 @@ def _train(loaded: Loaded, world: World) -> int:
             return PeerLost.exit_code
         _leave(loaded, world, attempt, state="failed", code=EXIT_FAILURE, reason=f"{type(error).__name__}: {error}")
         return EXIT_FAILURE
+    _close(loaded, world, state="done")
     _leave(loaded, world, attempt, state="done", code=EXIT_DONE, reason=f"evaluation loss {evaluation.loss:.4f}")
     return EXIT_DONE
 
@@ -120,16 +122,23 @@ def _build_operators(loaded: Loaded, *, speak: bool) -> None:
     operators.build(operators.needed(optimizer_offload=offload_device(config, "optimizer"), nvme="nvme" in devices, gpu=_use_gpu(loaded)), speak=speak)
 
 
+def _close(loaded: Loaded, world: World, *, state: str) -> None:
+    from harness.train.closing import closing
+
+    if world.is_main and os.path.isdir(loaded.run.run_dir):
+        say(closing(loaded.run.run_dir, state=state))
+
+
 def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: int, reason: str) -> None:
-    """Write the outcome first, so that whatever a launcher does next finds it; then part from the other ranks."""
+    """Write the outcome first, so that whatever a launcher does next finds it; then part from the other ranks. Another job's run is left alone."""
     from harness import distributed
-    from harness.formats import ledger, outcome
+    from harness.formats import ledger, outcome, running
 
     orderly = state not in ("failed", "lost")
     waited_s = 0.0 if orderly else standing()  # in the phase in which it went wrong, nobody knows since when
     phases = None if orderly else spent()
     mark("end")
-    if os.path.isdir(loaded.run.run_dir):
+    if os.path.isdir(loaded.run.run_dir) and (distributed.is_initialized() or not running.is_foreign(loaded.run.run_path, main=world.is_main)):
         number = getattr(attempt, "number", 0)
         last_step = outcome.last_step(loaded.run.run_path)
         end = outcome.Outcome(state=state, code=code, reason=reason, step=last_step, attempt=number)

@@ -11,8 +11,13 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from harness.config.elsewhere import NAMES
 from harness.config.schema import RunFile
 from harness.errors import Refused
+
+SIMILAR = 0.6
+"""From which likeness on, as difflib has it, a name may be a slip for another."""
+LISTED_PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,8 @@ def _refusal(error: ValidationError, origins: dict[str, str], path: Path) -> Ref
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(str(item["loc"][-1]), _names(item["loc"][:-1]), n=1, cutoff=0.0)
             problems.append(f"`{key}` is not a setting.")
-            remedies.append(f"Did you mean `{nearest[0]}`?" if nearest else f"Remove `{key}`.")
+            remedies.append(_instead(item["loc"]))
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing.")
             remedies.append(f"Set `{key}`.")
@@ -129,13 +133,38 @@ def _refusal(error: ValidationError, origins: dict[str, str], path: Path) -> Ref
     return Refused("\n".join(problems), where="; ".join(dict.fromkeys(places)), remedy=" ".join(dict.fromkeys(remedies)))
 
 
+def _instead(location: tuple[Any, ...]) -> str:
+    """What to write for an unknown key: by its name elsewhere, here in another section, or by a name that looks like it."""
+    name, siblings = str(location[-1]), _names(location[:-1])
+    if told := NAMES.get(name.lower().replace("-", "_")):
+        return told
+    places = [key for key in _keys() if key.rpartition(".")[2] == name]
+    if 0 < len(places) <= LISTED_PLACES:
+        return f"Did you mean {' or '.join(f'`{place}`' for place in places)}?"
+    if nearest := difflib.get_close_matches(name, siblings, n=1, cutoff=SIMILAR):
+        return f"Did you mean `{nearest[0]}`?"
+    section = ".".join(map(str, location[:-1]))
+    return f"Remove `{name}`; {f'`{section}`' if section else 'a run file'} has {', '.join(siblings)}." if siblings else f"Remove `{name}`."
+
+
+def _keys(model: type[BaseModel] = RunFile, prefix: str = "") -> list[str]:
+    """The dotted names of all sections and settings outside maps."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if (section := _section(field.annotation)) and not _is_map(field.annotation):
+            keys += _keys(section, f"{prefix}{name}.")
+    return keys
+
+
 def _nearest_origin(key: str, origins: dict[str, str], path: Path) -> str:
-    below = [place for name, place in origins.items() if name.startswith(f"{key}.")]
+    if key not in origins and (below := [place for name, place in origins.items() if name.startswith(f"{key}.")]):
+        return below[0]
     while key:
         if key in origins:
             return origins[key]
         key = key.rpartition(".")[0]
-    return below[0] if below else str(path)
+    return str(path)
 
 
 def _names(location: tuple[Any, ...]) -> list[str]:

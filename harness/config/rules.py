@@ -36,6 +36,7 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True) -> No
     _world(loaded, ranks)
     batch_equation(loaded, ranks // loaded.run.engine.pipeline_stages or 1)
     _schedule(loaded)
+    _patience(loaded)
     config, path = read_deepspeed(loaded)
     _stage_and_pipeline(loaded, config, path)
     _nvme(loaded, config, here)
@@ -108,6 +109,21 @@ def _schedule(loaded: Loaded) -> None:
         raise Refused(
             f"The warm-up of {optimizer.warmup_steps} steps is longer than the run of {steps} steps.",
             where=f"optimizer.warmup_steps ({loaded.origin('optimizer.warmup_steps')})", remedy="Shorten it, or train longer.",
+        )
+    falls = optimizer.schedule == "warmup_stable_decay" and optimizer.decay_steps
+    if steps is not None and falls and (optimizer.warmup_steps or 0) + falls > steps:
+        raise Refused(
+            f"The fall over the last {falls} of {steps} steps reaches into the warm-up of {optimizer.warmup_steps or 0} steps.",
+            where=f"optimizer.decay_steps ({loaded.origin('optimizer.decay_steps')})", remedy="Shorten one of them, or train longer.",
+        )
+
+
+def _patience(loaded: Loaded) -> None:
+    evaluation = loaded.run.evaluation
+    if evaluation.patience is not None and evaluation.every_steps is None:
+        raise Refused(
+            "`evaluation.patience` counts evaluations, but there is only the one at the end.",
+            where=f"evaluation.patience ({loaded.origin('evaluation.patience')})", remedy="Set `evaluation.every_steps`, or remove it.",
         )
 
 

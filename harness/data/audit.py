@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.data.rows import RowTable
+from harness.data.template import Template
 from harness.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Audit:
             }
         return facts
 
-    def render(self) -> Any:
-        """A rich renderable: the table, and sample rows with the trained text marked."""
+    def render(self, console: Console) -> Any:
+        """A rich renderable: the table, and sample rows with the trained text marked, by brackets where the console has no colours."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -56,11 +60,12 @@ class Audit:
         for row in dict.fromkeys(key for values in facts.values() for key in values):
             cells = [values.get(row, 0) for values in facts.values()]
             table.add_row(row, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells))
-        samples = []
+        plain = console.color_system is None or console.no_color
+        samples = [Text(f"template: {Template.from_dict(next(iter(self.tables.values())).template).told}")]
         for number, pieces in enumerate(self.samples, 1):
-            text = Text(f"sample {number} (trained text is marked): ", style="dim")
+            text = Text.assemble((f"sample {number} (trained text is {'in [[ ]]' if plain else 'marked'}): ", "dim"))
             for piece, trained in pieces:
-                text.append(piece, style="bold green" if trained else "default")
+                text.append(f"[[{piece}]]" if trained and plain else piece, style="bold green" if trained else "default")
             samples.append(text)
         return Group(table, *samples)
 

@@ -115,11 +115,11 @@ def _check_columns(parts: list[InputRange], source: Source, data: Data, key: str
     names = records.column_names(parts[0], LOOKED_AT)
     for name in columns_of(data):
         if names and name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            nearest = difflib.get_close_matches(name, names, n=1)
             raise Refused(
                 f"The source has no column {name!r}; it has {', '.join(names)}.",
                 where=f"{key} ({source.path or source.hub or source.builtin}), data.columns",
-                remedy=f"Set `data.columns` to the names in the file; did you mean {nearest[0]!r}?" if nearest else "Set `data.columns`.",
+                remedy=f"Set `data.columns` to the names in the file{f'; did you mean {nearest[0]!r}?' if nearest else '.'}",
             )
 
 

@@ -64,6 +64,13 @@ class Template:
         """As JSON."""
         return asdict(self)
 
+    @property
+    def told(self) -> str:
+        """For people: what writes the examples."""
+        if self.kind == "messages":
+            return "the tokenizer's own chat template" if self.chat else "turns as `User: ...` and `Assistant: ...`, for the tokenizer has no chat template"
+        return f"{self.name!r} of data.template" if self.kind == "prompt_completion" else "the text as it is"
+
     def segments(self, example: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
         """The text of an example in pieces that are tokenised apart, each trained or not; an end-of-text token closes each trained one.
 

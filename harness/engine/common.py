@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from harness import distributed
 from harness.config.deepspeed import zero
 from harness.data.loader import OPENS, TRAINED, UNTRAINED
 from harness.engine import loss_scale, slices
 from harness.engine.stage0 import guard_stage0, without_a_step
+from harness.errors import Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,6 +114,26 @@ class CommonEngine(ABC):
         """Take weights and moments from `read(kind, name, offset, length)`; `step` is Adam's step count."""
         slices.load_slices(self.deepspeed, self.parameter_names(), read, step=step)
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Copies in host memory of the model's persistent buffers, on the rank that writes them into a checkpoint; on others none."""
+        held = _persistent_buffers(self.whole_model()) if distributed.rank() == 0 else {}
+        return {name: buffer.to("cpu", copy=True) for name, buffer in held.items()}
+
+    def load_buffers(self, saved: Mapping[str, torch.Tensor], *, where: str) -> None:
+        """Take the model's persistent buffers from the checkpoint `where`.
+
+        Raises:
+            Refused: when it lacks one.
+        """
+        held = _persistent_buffers(self.whole_model())
+        if lacking := sorted(held.keys() - saved.keys()):
+            raise Refused(
+                f"The checkpoint, of an earlier version, lacks {len(lacking)} tensors that the model keeps beside its parameters, the first is {lacking[0]}.",
+                where=where, remedy="Start a new run in another run_dir.",
+            )
+        for name, buffer in held.items():
+            buffer.copy_(saved[name])
+
     def parameters(self) -> dict[str, dict[str, Any]]:
         """Shape and dtype of every parameter of the whole model, tied ones once, by its Hugging Face name."""
         return {
@@ -146,6 +168,12 @@ class CommonEngine(ABC):
     def close(self) -> None:
         """Free DeepSpeed's threads, hooks and swap files."""
         self.deepspeed.destroy()
+
+
+def _persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a model's files hold beside parameters; no family that is cut into pipeline stages has any."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: held for name, held in model.state_dict().items() if name not in parameters and isinstance(held, torch.Tensor)}
 
 
 def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], *, fp32: bool) -> Any:

@@ -12,8 +12,8 @@ from harness.files import open_to_append
 VERSION = 1
 NAME = "events.jsonl"
 KINDS = (
-    "launch", "asked", "start", "running", "relaunch", "stop", "finish", "save", "unsaved", "resume", "skip", "anomaly", "evaluation", "imbalance", "appended",
-    "rollback", "trace",
+    "launch", "asked", "start", "running", "relaunch", "stop", "finish", "save", "unsaved", "resume", "skip", "anomaly", "imbalance",
+    "appended", "rollback", "trace",
 )
 
 

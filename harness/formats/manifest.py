@@ -20,10 +20,16 @@ FILE_NAME = "manifest.json"
 VERSION = 2
 """1 knew of one disk only."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+BUFFERS = "buffers.safetensors"
+"""The file that holds what the model keeps beside its parameters, where there is such a thing; it has no slices."""
 
 
 class ManifestError(ValueError):
-    """A manifest is missing, damaged, or of a later version."""
+    """A manifest is missing or damaged."""
+
+
+class LaterVersion(ValueError):
+    """A manifest is of a later version than this harness knows."""
 
 
 class _Part(BaseModel):
@@ -60,7 +66,6 @@ class Manifest(_Part):
     rows_consumed: int = Field(ge=0, description="The cursor: rows of the global sequence that were trained on.")
     adam_step: int = Field(ge=0, description="Adam's own count, which skipped steps do not advance.")
     data_fingerprint: str
-    config_fingerprint: str = ""
     run_file: dict[str, Any] = Field(default_factory=dict, description="The run file as resolved.")
     engine: str = "zero"
     pipeline_stages: int = 1
@@ -106,7 +111,7 @@ def absent_parts(folder: Path, manifest: Manifest) -> set[int]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, one entry or file a line, with a digest of its own content."""
-    content = json.loads(json.dumps(manifest.model_dump()))
+    content = manifest.model_dump()
     lines = [f'"digest": "{_digest(content)}"']
     lines += [f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in content.items() if key != "files"]
     files = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in content["files"])
@@ -118,29 +123,32 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ManifestError: when it is missing, changed since it was written, or of a later version.
+        ManifestError: when it is missing, or was changed since it was written.
+        LaterVersion: when it is of a later version.
+        OSError: when the disk does not give it.
     """
     try:
         text = (Path(folder) / FILE_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ManifestError(f"{FILE_NAME} is missing") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
     return parse_manifest(text)
 
 
 def parse_manifest(text: str) -> Manifest:
-    """A manifest from the text of its file; errors are those of `read_manifest`."""
+    """A manifest from the text of its file; errors are those of `read_manifest`, but for the disk's."""
     try:
         content = json.loads(text)
         digest = content.pop("digest")
         version = int(content["version"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{FILE_NAME} cannot be read: {error}") from None
+    if version > VERSION:
+        raise LaterVersion(f"{FILE_NAME} has version {version}, this harness reads up to {VERSION}")
     if digest != _digest(content):
         raise ManifestError(f"{FILE_NAME} was changed since it was written")
-    if version > VERSION:
-        raise ManifestError(f"{FILE_NAME} has version {version}, this harness reads up to {VERSION}")
+    content.pop("config_fingerprint", None)  # always empty, and no longer written
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

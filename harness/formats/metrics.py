@@ -12,38 +12,36 @@ class Metric:
     Attributes:
         unit: what one of it is.
         meaning: what it says, in a sentence.
-        over: how it is reduced over ranks: sum, mean, main (rank 0's own) or same (equal everywhere).
     """
 
     unit: str
     meaning: str
-    over: str
 
 
 METRICS: dict[str, Metric] = {
-    "train/loss": Metric("nats", "Mean loss over the trained tokens of the global batch.", "sum"),
-    "train/aux_loss": Metric("1", "Mean auxiliary (routing) loss over the micro-batches.", "mean"),
-    "train/tokens": Metric("tokens", "Trained tokens of the global batch.", "same"),
-    "train/epoch": Metric("epochs", "Rows consumed as a share of the training rows.", "same"),
-    "eval/loss": Metric("nats", "Mean loss over the trained tokens of the whole validation set.", "sum"),
-    "eval/perplexity": Metric("1", "exp(eval/loss).", "sum"),
-    "eval/token_accuracy": Metric("share", "Trained tokens of the validation set whose most likely prediction is right.", "sum"),
-    "optim/lr": Metric("1", "Learning rate of the step.", "same"),
-    "optim/grad_norm": Metric("1", "Global gradient norm before clipping.", "same"),
-    "optim/skipped": Metric("steps", "1 when the update was skipped because a gradient was not finite.", "same"),
-    "speed/step_seconds": Metric("s", "Wall-clock of the step, data included, evaluation and saving left out.", "main"),
-    "speed/tokens_per_second": Metric("tokens/s", "Positions of the global batch, padding included, by step_seconds.", "main"),
-    "speed/forward_seconds": Metric("s", "Time in the step's forwards; on a GPU that of its stream.", "main"),
-    "speed/backward_seconds": Metric("s", "Time in the step's backwards, with the reductions that run beside them.", "main"),
-    "speed/update_seconds": Metric("s", "Time in the optimizer: what is left to reduce, clipping, the update, offload.", "main"),
-    "speed/flops_per_rank": Metric("FLOP/s", "What the model needs for a token (6 N + 12 L d T), by tokens_per_second and ranks.", "same"),
-    "speed/mfu": Metric("share", "Model FLOPs utilisation: flops_per_rank by the dense peak of the GPU in the run's precision.", "same"),
-    "speed/data_wait_seconds": Metric("s", "Time in which the step waited for its batch.", "main"),
-    "speed/pipeline_idle_share": Metric("share", "Part of the step's forwards and backwards in which the mean stage waited for others.", "mean"),
-    "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process.", "main"),
-    "memory/device_peak_bytes": Metric("bytes", "Highest memory that torch allocated on rank 0's GPU.", "main"),
-    "checkpoint/stall_seconds": Metric("s", "Time in which training stood still for the checkpoint of the step.", "main"),
-    "checkpoint/save_seconds": Metric("s", "What the checkpoint took in all: stall_seconds, and writing in the background.", "main"),
+    "train/loss": Metric("nats", "Mean loss over the trained tokens of the global batch."),
+    "train/aux_loss": Metric("1", "Mean auxiliary (routing) loss over the micro-batches."),
+    "train/tokens": Metric("tokens", "Trained tokens of the global batch."),
+    "train/epoch": Metric("epochs", "Rows consumed as a share of the training rows."),
+    "eval/loss": Metric("nats", "Mean loss over the trained tokens of the whole validation set."),
+    "eval/perplexity": Metric("1", "exp(eval/loss)."),
+    "eval/token_accuracy": Metric("share", "Trained tokens of the validation set whose most likely prediction is right."),
+    "optim/lr": Metric("1", "Learning rate of the step."),
+    "optim/grad_norm": Metric("1", "Global gradient norm before clipping."),
+    "optim/skipped": Metric("steps", "1 when the update was skipped because a gradient was not finite."),
+    "speed/step_seconds": Metric("s", "Wall-clock of the step, data included, evaluation and saving left out."),
+    "speed/tokens_per_second": Metric("tokens/s", "Positions of the global batch, padding included, by step_seconds."),
+    "speed/forward_seconds": Metric("s", "Time in the step's forwards; on a GPU that of its stream."),
+    "speed/backward_seconds": Metric("s", "Time in the step's backwards, with the reductions that run beside them."),
+    "speed/update_seconds": Metric("s", "Time in the optimizer: what is left to reduce, clipping, the update, offload."),
+    "speed/flops_per_rank": Metric("FLOP/s", "What the model needs for a token (6 N + 12 L d T), by tokens_per_second and ranks."),
+    "speed/mfu": Metric("share", "Model FLOPs utilisation: flops_per_rank by the dense peak of the GPU in the run's precision."),
+    "speed/data_wait_seconds": Metric("s", "Time in which the step waited for its batch."),
+    "speed/pipeline_idle_share": Metric("share", "Part of the step's forwards and backwards in which the mean stage waited for others."),
+    "memory/host_bytes": Metric("bytes", "Resident memory of rank 0's process."),
+    "memory/device_peak_bytes": Metric("bytes", "Highest memory that torch allocated on rank 0's GPU."),
+    "checkpoint/stall_seconds": Metric("s", "Time in which training stood still for the checkpoint of the step."),
+    "checkpoint/save_seconds": Metric("s", "What the checkpoint took in all: stall_seconds, and writing while training went on."),
 }
 
 CHARTS = {

@@ -27,7 +27,9 @@ _held: list[int] = []
 
 
 class Occupied(Refused):
-    """Another process trains in the folder, to whose run nothing may be written."""
+    """Another process trains in the folder, to whose run nothing may be written; `job` is where its ranks meet."""
+
+    job = ""
 
 
 def hold(run_dir: Path) -> None:
@@ -45,7 +47,7 @@ def hold(run_dir: Path) -> None:
             raise _occupied(run_dir, holder)
         say(f"The lock of process {holder.get('pid')} on {holder.get('host')} is left over: it gave no sign for {DEAD_S:.0f} s.")
     os.ftruncate(descriptor, 0)
-    who = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "time": time.time()}
+    who = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "time": time.time(), "job": _job()}
     os.pwrite(descriptor, json.dumps(who).encode(), 0)
     _held.append(descriptor)
     threading.Thread(target=_live, args=(descriptor,), name="running", daemon=True).start()
@@ -79,6 +81,17 @@ def is_occupied(run_dir: Path) -> bool:
     return False
 
 
+def is_foreign(run_dir: Path, *, main: bool) -> bool:
+    """Whether another job trains there than the one of this rank, the `main` one or one whose rank 0 may hold the folder already."""
+    if _held:
+        return False
+    try:
+        refuse_occupied(run_dir)
+    except Occupied as told:
+        return main or told.job != _job()
+    return False
+
+
 def _is_taken(descriptor: int) -> bool:
     """Try to take it. A record lock: no child inherits it, and NFS passes it on to the other hosts."""
     try:
@@ -92,9 +105,9 @@ def _is_taken(descriptor: int) -> bool:
 
 def _live(descriptor: int) -> None:
     while True:
+        time.sleep(BEAT_S)  # the first sign was the writing of the name
         with suppress(OSError):
             os.utime(descriptor)
-        time.sleep(BEAT_S)
 
 
 def _gives_a_sign(descriptor: int) -> bool:
@@ -125,11 +138,18 @@ def _machine() -> str:
         return socket.gethostname()
 
 
+def _job() -> str:
+    """Where the ranks of this job meet, as far as its launcher said."""
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
 def _occupied(run_dir: Path, holder: dict[str, Any]) -> Occupied:
     who = "another process"
     if {"pid", "host", "time"} <= holder.keys():
         who = f"process {holder['pid']} on {holder['host']}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['time']))}"
-    return Occupied(
+    occupied = Occupied(
         f"A run is under way in {run_dir}: {who}.", where="run_dir",
         remedy=f"Wait for its end, touch {run_dir / 'control' / 'stop'} to ask for it, or set `run_dir` to another folder.",
     )
+    occupied.job = str(holder.get("job", ""))
+    return occupied

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TensorEntry:
 
     Attributes:
         name: its key.
-        dtype: `F32`, `BF16` or `F16`.
+        dtype: key of `ITEM_BYTES`.
         shape: its shape.
     """
 

@@ -21,8 +21,10 @@ from harness.log import say
 
 PASSED_ON = ("PYTHONPATH", "HF_", "NCCL_", "GLOO_", "FI_", "UCX_", "TORCH_", "CUDA_", "OMP_", "TOKENIZERS_", "AWS_", "GOOGLE_", "DS_ACCELERATOR", "LD_LIBRARY_PATH")
 """Variables of this process, by the beginning of their names, that every rank gets."""
-KEPT = ("CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")
-"""Of those, what says something about this machine alone, or is decided below."""
+KEPT = ("CUDA_VISIBLE_DEVICES",)
+"""Of those, what says something about this machine alone."""
+TAKE = 'while IFS= read -r line && [ -n "$line" ]; do export "$line"; done; exec "$@"'
+"""Variables come by standard input: all users of a host see the words of commands."""
 ALIVE = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
 """A dead link ends ssh within about half a minute; without it, never."""
 
@@ -81,15 +83,13 @@ def plan(loaded: Loaded, chosen: Mapping[str, int], *, run_file: str, overrides:
     through = settings.through if settings.through != "auto" else "deepspeed" if shutil.which("pdsh") and len(chosen) > 1 else "ssh"
     folder = loaded.run.run_path.absolute() / "launch"
     if through == "ssh":
-        return LaunchPlan(ssh_commands(job, list(chosen), variables(loaded), port=settings.ssh_port), loaded.run.run_path, job=job)
+        return LaunchPlan(ssh_commands(job, list(chosen), port=settings.ssh_port), loaded.run.run_path, job=job, stdin=lines(variables(loaded)))
     if not shutil.which("pdsh"):
         raise Refused("pdsh is not on this machine.", where="launch.hosts.through", remedy="Install pdsh, or set `launch.hosts.through=ssh`.")
-    texts = {
-        folder / "hostfile": hostfile.render(dict.fromkeys(chosen, 1)),  # one process a host: its node starter
-        folder / "environment": "".join(f"{name}={value}\n" for name, value in variables(loaded).items()),
-    }
+    texts = {folder / "hostfile": hostfile.render(dict.fromkeys(chosen, 1))}  # one process a host: its node starter
+    private = {folder / "environment": lines(variables(loaded))}
     environment = {"DS_ENV_FILE": str(folder / "environment"), "PDSH_SSH_ARGS_APPEND": " ".join(_ssh(settings.ssh_port)[1:]), "PDSH_RCMD_TYPE": "ssh"}
-    return LaunchPlan((deepspeed_command(job, folder / "hostfile"),), loaded.run.run_path, environment, job=job, texts=texts)
+    return LaunchPlan((deepspeed_command(job, folder / "hostfile"),), loaded.run.run_path, environment, job=job, texts=texts, private=private)
 
 
 def deepspeed_command(job: Job, hosts: Path) -> tuple[str, ...]:
@@ -115,13 +115,19 @@ def _for_a_shell(word: str) -> str:
     return word
 
 
-def ssh_commands(job: Job, hosts: Sequence[str], values: Mapping[str, str], *, port: int | None) -> tuple[tuple[str, ...], ...]:
-    """One ssh a host."""
-    words = ["env", *(f"{name}={value}" for name, value in values.items())]
-    return tuple(
-        (*_ssh(port), host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*words, *job.command(number, python=sys.executable)])}")
-        for number, host in enumerate(hosts)
-    )
+def ssh_commands(job: Job, hosts: Sequence[str], *, port: int | None) -> tuple[tuple[str, ...], ...]:
+    """One ssh a host, which reads the `lines` of the variables."""
+    return tuple((*_ssh(port), host, there(job.command(number, python=sys.executable))) for number, host in enumerate(hosts))
+
+
+def there(words: Sequence[str]) -> str:
+    """A command for the shell of another host, in the same folder, with variables that come as `lines`, up to an empty one, on its standard input."""
+    return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['sh', '-c', TAKE, 'sh', *words])}"
+
+
+def lines(values: Mapping[str, str]) -> str:
+    """Variables, one a line."""
+    return "".join(f"{name}={value}\n" for name, value in values.items())
 
 
 def _ssh(port: int | None) -> tuple[str, ...]:
@@ -136,7 +142,7 @@ def variables(loaded: Loaded) -> dict[str, str]:
         Refused: a value that DeepSpeed's launcher cannot carry.
     """
     named = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and name not in KEPT}
-    own = {name: value for name, value in operators.environment().items() if name in ("PATH", "TORCH_EXTENSIONS_DIR")}
+    own = {"PATH": operators.environment()["PATH"]}  # where the operators are is for each host to say: they are built for its processor
     if loaded.run.engine.device == "cpu":
         own["DS_ACCELERATOR"] = "cpu"
     values = named | own

@@ -28,22 +28,22 @@ def variables(job: Job, number: int) -> dict[str, str]:
 def _own_address(master: str, *, is_master: bool) -> str:
     """The address by which this host and the first one reach each other, or an empty text."""
     with suppress(OSError):
-        if is_master:
-            return socket.gethostbyname(master)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # nothing is sent: the kernel only chooses a way
-            return str(probe.getsockname()[0])
+        for family, kind, _, _, address in sorted(socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM), key=lambda one: one[0] != socket.AF_INET):
+            if is_master:
+                return str(address[0])
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(address)  # nothing is sent: the kernel only chooses a way
+                return str(probe.getsockname()[0])
     return ""
 
 
 def _of_address(address: str) -> str:
-    """The interface with that address; where it is a loopback, the only other one that is up."""
-    states, up = psutil.net_if_stats(), {}
+    """The interface with that address; where it is a loopback, the only other one that is up and has an address of IPv4."""
+    states, up = psutil.net_if_stats(), []
     for name, addresses in psutil.net_if_addrs().items():
-        held = [one.address for one in addresses if one.family == socket.AF_INET and not one.address.startswith("127.")]
-        if held and states[name].isup:
-            up[name] = held
-    for name, held in up.items():
-        if address in held:
+        held = {one.address: one.family for one in addresses if not one.address.startswith("127.") and one.address != "::1"}
+        if states[name].isup and address in held:
             return name
-    return next(iter(up)) if len(up) == 1 else ""
+        if states[name].isup and socket.AF_INET in held.values():
+            up.append(name)
+    return up[0] if len(up) == 1 else ""

@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = operators.environment(ranks=slots[number]) | interface.variables(job, number) | loaded.run.launch.hosts.environment
         node = Node(job, number, values, silence_s=loaded.run.launch.silence_seconds)
         started = time.time()
-        ended = Starter(node, loaded.run.run_path).run()
-        return verdict.settle(ended, loaded.run.run_path, started=started, writes=number == 0)
+        starter = Starter(node, loaded.run.run_path)
+        final = verdict.settle(starter.run(), loaded.run.run_path, started=started, writes=number == 0)
+        starter.leave(final)
+        return final.code
     except HarnessError as error:
         print(f"harness: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from harness.formats.outcome import Outcome
 from harness.heartbeat import Beat
 from harness.launch.job import Node
 from harness.launch.silence import SilenceWatch
@@ -94,9 +95,12 @@ class Peers:
         place = next(node for node, own in self._beats.items() if silent.rank in own)
         return End(silent.rank, -9, silent.beat, self._hosts[place], silent)
 
-    def close(self) -> None:
-        """Say goodbye to the others."""
+    def close(self, outcome: Outcome) -> None:
+        """Say goodbye to the others, and from the first host how the job ended, to what launched it: it may not see the run's folder."""
         if self._wire is not None:
+            self._wire.receive()  # what is left unread would cut the connection before the last words have gone
+            if self.node.number == 0:
+                self._wire.send({"kind": "outcome", "outcome": asdict(outcome)})
             self._wire.close()
 
     def _take(self, node: int, message: dict[str, Any]) -> None:

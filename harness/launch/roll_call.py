@@ -68,7 +68,9 @@ def _ask(command: list[str]) -> dict[str, Any] | str:
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return f"it did not answer within {LIMIT_S:.0f} s"
-    except (ValueError, IndexError, OSError):
+    except OSError as error:
+        return f"{command[0]} cannot be started here: {error.strerror}"
+    except (ValueError, IndexError):
         return (done.stderr.strip().splitlines() or ["it does not answer"])[-1]
 
 

@@ -6,19 +6,23 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
+
+import psutil
 
 from harness import files
-from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, AnomalyStop, CheckFailed, PeerLost, Refused
 from harness.formats.outcome import Outcome, newest_attempt, read_outcome
 from harness.launch.job import Job
 from harness.launch.requests import listening
-from harness.launch.starter import HELD
+from harness.launch.starter import HELD, KILL_AFTER_REQUESTS
 from harness.launch.wire import Wire
 from harness.log import say
 
@@ -27,6 +31,9 @@ LEASH_S = 90.0
 LINGER_S = 20.0
 """How long the other hosts' parts may outlive one that failed, before they are ended."""
 POLL_S, ALIVE_S = 0.1, 1.0
+_STATES = {EXIT_DONE: "done", **{error.exit_code: error.state for error in (Refused, AnomalyStop, CheckFailed, PeerLost)}}
+_KILLED = {128 + signal.SIGKILL, 128 + signal.SIGTERM}
+"""What mpirun answers with after a rank was killed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class LaunchPlan:
         job: where the node starters are reached, when signals to these processes would not reach them.
         request: the signal that stands for any request, where others would be understood otherwise.
         texts: files that must be there first.
+        private: the same, which this user alone may read, and which are taken away at the end.
+        stdin: what each command reads from its standard input.
     """
 
     commands: tuple[tuple[str, ...], ...]
@@ -48,25 +57,39 @@ class LaunchPlan:
     job: Job | None = None
     request: signal.Signals | None = None
     texts: dict[Path, str] = field(default_factory=dict)
+    private: dict[Path, str] = field(default_factory=dict)
+    stdin: str = ""
 
 
 def run(plan: LaunchPlan) -> Outcome:
     """Start what is planned, pass on what is asked, wait until all its processes are gone, and say how it ended."""
-    for path, text in plan.texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, text)
     running, started = _Running(plan), time.time()
-    with running.listening():
-        running.start()
-        code = running.wait()
+    try:
+        for path, text in (plan.texts | plan.private).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, text, mode=0o600 if path in plan.private else 0o666)
+        with running.listening():
+            running.start()
+            code = running.wait()
+    finally:
+        for path in plan.private:
+            path.unlink(missing_ok=True)
     outcome = read_outcome(plan.run_dir)
     if outcome is not None and outcome.time >= started:
         return outcome
-    attempt, _ = newest_attempt(plan.run_dir)
-    if running.asked:  # before a rank could listen: nothing was trained that a resume would lack
-        return Outcome("stopped", EXIT_RESUME_ME, "Stopped on request before training began.", 0, attempt)
-    told = f"What was started ended with code {code} and left no outcome in {plan.run_dir}."
-    return Outcome("failed", code if code > 0 else EXIT_FAILURE, told, 0, attempt)
+    outcome = running.told or _by_code(code, plan.run_dir, asked=running.asked > 0)
+    say(outcome.reason)
+    return outcome
+
+
+def _by_code(code: int, run_dir: Path, *, asked: bool) -> Outcome:
+    """How a run ended that left no outcome here, or none that this machine sees."""
+    attempt, _ = newest_attempt(run_dir)
+    told = f"What was started ended with code {code}; this machine finds no outcome of it in {run_dir}."
+    if asked and code != EXIT_DONE:
+        return Outcome("stopped", EXIT_RESUME_ME, f"Stopped on request. {told}", 0, attempt)
+    code = EXIT_RESUME_ME if code in _KILLED else code
+    return Outcome(_STATES.get(code, "failed"), code if code >= 0 else EXIT_FAILURE, told, 0, attempt)
 
 
 class _Running:
@@ -77,7 +100,8 @@ class _Running:
     """
 
     def __init__(self, plan: LaunchPlan):
-        self.plan, self.asked = plan, False
+        self.plan, self.asked = plan, 0
+        self.told: Outcome | None = None
         self._children: list[subprocess.Popen[bytes]] = []
         self._pipe, self._told_s = -1, 0.0
         self._wire = Wire.from_outside(plan.job) if plan.job is not None else None
@@ -99,15 +123,38 @@ class _Running:
         environment = os.environ | self.plan.environment | {HELD: str(held)}
         try:
             for command in self.plan.commands:
-                self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(held,)))
+                with self._stdin() as stdin:
+                    child = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(held,), stdin=stdin)
+                self._children.append(child)
         finally:
             os.close(held)
         if self.asked:
             self._send(signal.SIGTERM)
 
+    @contextmanager
+    def _stdin(self) -> Iterator[IO[bytes] | None]:
+        """What a command reads, in a file without a name: nobody waits until it is read."""
+        if not self.plan.stdin:
+            yield None
+            return
+        with tempfile.TemporaryFile() as stream:
+            stream.write(self.plan.stdin.encode())
+            stream.seek(0)
+            yield stream
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._send(number)
+        self.asked += 1
+        if self.plan.request and self.asked >= KILL_AFTER_REQUESTS:  # else the starters count
+            self._kill()
+        else:
+            self._send(number)
+
+    def _kill(self) -> None:
+        for child in self._children:
+            with suppress(psutil.Error):
+                for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                    with suppress(psutil.Error):
+                        process.kill()
 
     def _send(self, number: int) -> None:
         if self._wire is not None and self._wire.is_connected:
@@ -132,14 +179,21 @@ class _Running:
                 failed_s = time.monotonic()
             time.sleep(POLL_S)
         self._wait_for_all()
+        self._hear()
         return code or next((child.returncode for child in self._children if child.returncode), 0)
 
     def _tell(self) -> None:
         """On the wire: that this launch is alive."""
         if self._wire is not None and time.monotonic() - self._told_s > ALIVE_S:
             self._told_s = time.monotonic()
-            self._wire.receive()
+            self._hear()
             self._wire.send({"kind": "alive"})
+
+    def _hear(self) -> None:
+        """On the wire: how the job ended, as its first host knows it."""
+        for _, message in self._wire.receive() if self._wire is not None else ():
+            if message.get("kind") == "outcome":
+                self.told = Outcome(**message["outcome"])
 
     def _wait_for_all(self) -> None:
         """Wait for processes that outlived what started them; in the end kill them."""

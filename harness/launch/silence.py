@@ -13,7 +13,7 @@ EARLY_S, EARLY_SHARE = 1.2, 0.15
 """So much before the bound a rank is given up, for it is looked at once a second and is to be ended within the bound; of a short bound less,
 for marks of other hosts come once a second, too."""
 START_S = 1800.0
-"""Before its first step is done nothing is known of a run; loading a large model is silent for long."""
+"""Until a start has done its first step, nothing is known of it: loading a large model is silent for long, and so is compiling in that step."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SilenceWatch:
     """Learns how long the ranks of a job are silent between marks.
 
     Args:
-        bound_s: longest silence once the first step is done; None learns it.
+        bound_s: longest silence once the first step of this start is done; None learns it.
     """
 
     def __init__(self, bound_s: float | None):
@@ -48,9 +48,10 @@ class SilenceWatch:
         self._before: dict[int, Beat] = {}
 
     def judge(self, beats: Mapping[int, Beat], stopped: Container[int], *, now_s: float) -> Silent | None:
-        """The rank to blame, when some rank has been silent beyond the bound.
+        """The rank to blame, when one that stands still, or all of them, have been silent beyond the bound.
 
-        Ranks wait for one another, so that soon all are silent: the one that stands still is to blame, else the first that fell silent.
+        Ranks wait for one another, so that soon all are silent where one is, but not while the one that they wait for works: the one that
+        stands still is to blame, else the first that fell silent.
 
         Args:
             beats: last mark of each rank that runs.
@@ -65,12 +66,13 @@ class SilenceWatch:
                 self._longest_s = max(self._longest_s, beat.at_s - before.at_s)
         self._before = dict(beats)
         bound_s = self._bound_s(beats)
-        if now_s - min(beat.at_s for beat in beats.values()) <= bound_s - min(EARLY_S, EARLY_SHARE * bound_s):
+        since_s = min([max(beat.at_s for beat in beats.values()), *(beat.at_s for rank, beat in beats.items() if rank in stopped)])
+        if now_s - since_s <= bound_s - min(EARLY_S, EARLY_SHARE * bound_s):
             return None
         rank = min(beats, key=lambda rank: (rank not in stopped, beats[rank].at_s))
         return Silent(rank, now_s - beats[rank].at_s, bound_s, beats[rank], rank in stopped)
 
     def _bound_s(self, beats: Mapping[int, Beat]) -> float:
-        if min(beat.step for beat in beats.values()) <= 1:
+        if any(beat.step <= beat.first for beat in beats.values()):
             return START_S
         return max(LEAST_S, TIMES * self._longest_s) if self.bound_s is None else self.bound_s

@@ -19,7 +19,7 @@ import psutil
 
 from harness import above, shared_memory
 from harness.errors import EXIT_DONE, EXIT_RESUME_ME
-from harness.formats.outcome import newest_attempt
+from harness.formats.outcome import Outcome, newest_attempt
 from harness.heartbeat import Board
 from harness.launch import stacks
 from harness.launch.job import Node
@@ -43,7 +43,7 @@ _SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG
 
 
 class Starter:
-    """Starts the ranks of a host and stays until all are gone. It reaps every child, so it needs a process of its own.
+    """Starts the ranks of a host and stays until all are gone: first `run`, then `leave`. It reaps every child, so it needs a process of its own.
 
     Args:
         node: the host's part of the job.
@@ -80,9 +80,12 @@ class Starter:
                 self._hurry()
                 time.sleep(POLL_S)
             self._end_strays()
-        self._peers.close()
-        self._board.close()
         return Ended(self.requests > 0, self.first, self.gone)
+
+    def leave(self, outcome: Outcome) -> None:
+        """Tell what launched the job how it ended, and let go of the other hosts."""
+        self._peers.close(outcome)
+        self._board.close()
 
     def _start(self) -> None:
         descriptors = [self._board.descriptor, *_held()]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_FAILURE, EXIT_RESUME_ME
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME
 from harness.formats import ledger, outcome
 from harness.formats.outcome import Outcome
 from harness.formats.running import is_occupied
@@ -111,8 +111,8 @@ class Ended:
     gone: Gone | None = None
 
 
-def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
-    """The exit code of a job; what no rank could write of its end is written now.
+def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> Outcome:
+    """The outcome of a job; what no rank could write of its end is written now.
 
     Args:
         ended: what the starter saw.
@@ -122,13 +122,15 @@ def settle(ended: Ended, run_dir: Path, *, started: float, writes: bool) -> int:
     """
     told = outcome.read_outcome(run_dir)
     told = told if told is not None and told.time >= started else None
+    if told is None and ended.first is None and not writes:
+        return Outcome("done", EXIT_DONE, "All ranks of this host ended well; how the job ended is not told on its disk.", 0, 0)
     final = judge(ended, told, last_words=lambda rank: outcome.read_end(run_dir, rank, since=started))
     if writes and final is not told and run_dir.is_dir() and not is_occupied(run_dir):
         final = replace(final, step=outcome.last_step(run_dir), attempt=outcome.newest_attempt(run_dir)[0])
         outcome.write_outcome(run_dir, final)
         facts = ended.gone.facts() if ended.gone else {}
         ledger.append(run_dir, "stop", attempt=final.attempt, state=final.state, code=final.code, reason=final.reason, step=final.step, **facts)
-    return final.code
+    return final
 
 
 def judge(ended: Ended, told: Outcome | None, *, last_words: Callable[[int], Outcome | None]) -> Outcome:

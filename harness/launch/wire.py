@@ -7,6 +7,7 @@ on. A connection that breaks is made anew; a host that was heard and then is sil
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from contextlib import suppress
@@ -182,13 +183,11 @@ class Wire:
 
 
 def _listen(port: int) -> socket.socket:
-    server = socket.socket()
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
-        server.bind(("", port))
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=512)
     except OSError as error:
-        server.close()
-        raise Failure(f"The starter of the first host cannot listen on port {port}, one above that of --meet: {error.strerror}. Choose another.") from error
-    server.listen(512)
+        told = os.strerror(error.errno) if error.errno else error
+        raise Failure(f"The starter of the first host cannot listen on port {port}, one above that of --meet: {told}. Choose another.") from error
     server.setblocking(False)
     return server

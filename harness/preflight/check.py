@@ -13,7 +13,7 @@ from harness.data.prepare import prepared_index
 from harness.data.sets import RunData, open_data
 from harness.errors import Refused
 from harness.log import say
-from harness.model.configure import check_fit, load_config
+from harness.model.configure import check_fit, load_config, load_tokenizer, max_positions
 
 
 def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False) -> dict[str, Any]:
@@ -39,12 +39,27 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahea
     data = open_data(loaded.run)
     check_fit(config, vocab_size=data.train.vocab_size, loaded=loaded)
     _rows(data, loaded)
+    _prompts(data, config, loaded)
     _stages(loaded, config)
     if loaded.run.model.path is not None:
         from harness.model.build import check_weights
 
         check_weights(loaded.run.model.path, config, where=f"model.path ({loaded.origin('model.path')})", trust_code=loaded.run.model.trust_code)
     return {"config": config, "data": data}
+
+
+def _prompts(data: RunData, config: Any, loaded: Loaded) -> None:
+    """The fixed prompts must leave room for an answer."""
+    positions, prompts = max_positions(config.get_text_config()), loaded.run.evaluation.prompts
+    if positions is None or not prompts:
+        return
+    tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=loaded.run.model.trust_code)
+    longest = max(len(data.template.prompt_ids(prompt, tokenizer)) for prompt in prompts)
+    if longest >= positions:
+        raise Refused(
+            f"A prompt has {longest} tokens; the model has {positions} positions.", where=f"evaluation.prompts ({loaded.origin('evaluation.prompts')})",
+            remedy="Shorten it.",
+        )
 
 
 def _stages(loaded: Loaded, config: Any) -> None:

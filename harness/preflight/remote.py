@@ -6,7 +6,6 @@ import getpass
 import json
 import os
 import select
-import shlex
 import socket
 import subprocess
 import sys
@@ -39,12 +38,11 @@ class Remote:
         self.name = name
         self._errors = tempfile.TemporaryFile()
         passed_on = {key: value for key, value in os.environ.items() if key.startswith(launch.PASSED_ON) and key not in launch.KEPT}
-        carried = " ".join(f"{key}={shlex.quote(value)}" for key, value in passed_on.items())
-        folder = shlex.quote(os.getcwd())
-        command = f"cd {folder} && exec env {carried} {shlex.quote(sys.executable)} -m harness.preflight.agent"
         self._process = subprocess.Popen(
-            [*SSH, name, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
+            [*SSH, name, launch.there([sys.executable, "-m", "harness.preflight.agent"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, start_new_session=True,
         )
+        self._unsent = launch.lines({key: value for key, value in passed_on.items() if "\n" not in value}).encode() + b"\n"
         self._rest = b""
 
     def ask(self, method: str, *, within_s: float = ANSWER_S, **arguments: Any) -> Any:
@@ -55,7 +53,8 @@ class Remote:
         """
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
+            self._process.stdin.write(self._unsent + json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
+            self._unsent = b""
             self._process.stdin.flush()
         except OSError:
             raise Silent(self._why()) from None

@@ -42,9 +42,8 @@ class Agreed:
         save: a rank was asked to save.
         failed: a rank had no rows for this step, which must be forgotten.
         writing: a rank still wrote its part of a checkpoint.
-        loss_sum: sum of token losses.
+        loss_sum: sum of token losses; not a number when a rank's was not finite.
         aux_loss: mean of the auxiliary losses.
-        finite: every rank's loss was finite.
         idle_share: part of the step in which the mean rank of a pipeline waited for others; None where there is none.
         trace: a rank was asked for a trace.
     """
@@ -55,7 +54,6 @@ class Agreed:
     writing: bool
     loss_sum: float
     aux_loss: float
-    finite: bool
     idle_share: float | None = None
     trace: bool = False
 
@@ -107,4 +105,4 @@ class Agreement:
         stop, save, busy, window, num_windows, loss_sum, aux, broken = packed.tolist()
         idle_share = 1.0 - (busy / distributed.size()) / (window / (num_windows % TRACE)) if window else None
         loss_sum = loss_sum if not broken else float("nan")
-        return Agreed(stop % FAILED > 0, save % WRITING > 0, stop >= FAILED, save >= WRITING, loss_sum, aux, not broken, idle_share, num_windows >= TRACE)
+        return Agreed(stop % FAILED > 0, save % WRITING > 0, stop >= FAILED, save >= WRITING, loss_sum, aux, idle_share, num_windows >= TRACE)

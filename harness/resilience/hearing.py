@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from harness import distributed
+from harness.heartbeat import alive
 
 T = TypeVar("T")
 EVERY_S = 1.0
@@ -67,7 +68,7 @@ class Hearing:
             self._interruptible = False
 
     def until_all(self, there: Callable[[float], bool]) -> bool:
-        """Wait until something is there on all ranks. Collective; no rank is in it for longer than about a second at a time.
+        """Wait until something is there on all ranks. Collective; a turn takes about a second, and is a sign of life.
 
         Args:
             there: whether it is there on this rank within some seconds.
@@ -79,6 +80,7 @@ class Hearing:
             turn = time.monotonic() + EVERY_S
             while not (found := there(POLL_S)) and not self.asked() and time.monotonic() < turn:
                 pass
+            alive()
             missing, stop = self._sums(float(not found), float(self.asked()))  # asked last: what it was not there for may be a request
             if stop or not missing:
                 return not stop

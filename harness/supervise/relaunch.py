@@ -34,11 +34,12 @@ def launch(make_plan: Callable[[], LaunchPlan], *, run_dir: Path, restarts: int)
         before = last_save(run_dir)
         ended = launches.run(make_plan())
         in_a_row = 1 if last_save(run_dir) != before else in_a_row + 1
-        if not is_worth_another(ended, has_trained=outcome.last_step(run_dir) > 0):
+        if not is_worth_another(ended, has_trained=max(ended.step, outcome.last_step(run_dir)) > 0):
             return ended
         if in_a_row > restarts:
             return _give_up(run_dir, ended, restarts) if restarts else ended
         pause_s = pause(in_a_row)
+        run_dir.mkdir(parents=True, exist_ok=True)  # this machine may not see the folder of the run
         ledger.append(run_dir, "relaunch", reason=ended.reason, pause_s=pause_s, in_a_row=in_a_row)
         say(f"{ended.reason.splitlines()[0]} Starting again in {pause_s:.0f} s ({in_a_row} of {restarts} without a new checkpoint) ...")
         if _asked_within(pause_s):

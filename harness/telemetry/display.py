@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from harness.log import say
-from harness.units import format_seconds
+from harness.units import format_bytes, format_seconds
 
 QUIET_SECONDS = 10.0
 
 
 class Display:
-    """Shows loss, speed and time left.
+    """Shows loss, learning rate, gradient norm, speed, memory of the GPU and time left.
 
     Args:
         total_steps: steps of the run.
@@ -30,7 +31,7 @@ class Display:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Take in one step."""
-        text = f"loss {values['train/loss']:.4f}  {values['speed/tokens_per_second']:,.0f} tokens/s"
+        text = _text(values)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, numbers=text)
             return
@@ -49,10 +50,23 @@ class Display:
             self._bar.stop()
 
 
+def _text(values: dict[str, float]) -> str:
+    """What a step tells of itself, the most important first: a narrow terminal cuts the end off."""
+    forms: dict[str, Callable[[float], str]] = {
+        "train/loss": "loss {:.4f}".format,
+        "optim/lr": "lr {:.3g}".format,
+        "optim/grad_norm": "gradient norm {:.3g}".format,
+        "speed/tokens_per_second": "{:,.0f} tokens/s".format,
+        "speed/mfu": "MFU {:.1%}".format,
+        "memory/device_peak_bytes": lambda count: f"GPU {format_bytes(count)}",
+    }
+    return "  ".join(form(values[tag]) for tag, form in forms.items() if tag in values)
+
+
 def _bar(total_steps: int, done: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn())
+    bar = Progress(TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn())
     bar.add_task("training", total=total_steps, completed=done, numbers="")
     bar.start()
     return bar

@@ -14,6 +14,9 @@ from harness.formats import metrics as table
 from harness.heartbeat import spent
 from harness.telemetry.display import Display
 
+QUEUE_EVENTS = 1000
+"""How many events may wait for a slow disk, to which TensorBoard's thread writes them, before training waits for it."""
+
 
 class Recorder:
     """Fans out to every sink on rank 0; does nothing elsewhere.
@@ -28,7 +31,7 @@ class Recorder:
     def __init__(self, run_dir: Path, *, attempt: int, resumed_step: int, total_steps: int):
         self.attempt, self._folder = attempt, run_dir / "tensorboard"
         self._lines = open_to_append(run_dir / "metrics.jsonl")
-        self._board = self._open_board(resumed_step)
+        self._board = self._open_board(resumed_step + 1 if resumed_step else 0 if attempt > 1 else None)
         self._board.add_custom_scalars(table.CHARTS)
         self._display = Display(total_steps, done=resumed_step)
         self._process = psutil.Process()
@@ -39,17 +42,18 @@ class Recorder:
         """A recorder on the main rank, silence on the others."""
         return cls(run_dir, attempt=attempt, resumed_step=resumed_step, total_steps=total_steps) if main else Silence()
 
-    def _open_board(self, resumed_step: int) -> Any:
+    def _open_board(self, purge_step: int | None) -> Any:
+        """What earlier files say of `purge_step` and later ones is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self._folder), purge_step=resumed_step + 1 if resumed_step else None)
+        return SummaryWriter(str(self._folder), purge_step=purge_step, max_queue=QUEUE_EVENTS)
 
     def go_back(self, step: int, *, from_step: int, total_steps: int) -> None:
         """Steps after `step`, up to `from_step`, were taken back: readers leave them out until they are done again."""
         self._lines.write(json.dumps({"attempt": self.attempt, "step": step, "time": time.time(), "rolled_back_from": from_step}) + "\n")
         self._lines.flush()
         self._board.close()
-        self._board = self._open_board(step)
+        self._board = self._open_board(step + 1)
         self._display.total = total_steps
 
     def hyper_parameters(self, values: dict[str, Any]) -> None:
@@ -87,12 +91,19 @@ class Recorder:
             entry["rows"] = rows
         for tag, value in values.items():
             entry[table.check(tag)] = value
-            self._board.add_scalar(tag, value, step)
+        self._scalars(step, values)
         spent_s = spent()
         entry["phases"] = {phase: round(found, 3) for phase, seconds in spent_s.items() if (found := seconds - self._told_s.get(phase, 0.0)) > 0}
         self._told_s = spent_s
         self._lines.write(json.dumps(entry) + "\n")
         self._lines.flush()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        """All in one event: the file is opened anew for each."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._board.file_writer.add_summary(summary, step)
 
     def _memory(self) -> dict[str, float]:
         import torch

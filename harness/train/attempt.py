@@ -84,7 +84,7 @@ def check_same_run(loaded: Loaded) -> None:
     if not folder.exists() or not os.listdir(folder):
         return
     where = f"run_dir ({loaded.origin('run_dir')})"
-    attempts = _numbered(folder / "attempts")
+    attempts = [path for path in _numbered(folder / "attempts") if (path / "run.yaml").is_file()]  # not one that was killed as it began
     known = {"attempts", "control", "launch", "model", "outcome.json", "events.jsonl"}
     if not attempts and set(os.listdir(folder)) - known:
         raise Refused(f"{folder} holds files, but no run.", where=where, remedy="Set `run_dir` to a new or empty folder.")

@@ -15,7 +15,7 @@ from harness.data.rows import RowTable
 from harness.data.sets import RunData
 from harness.errors import CheckFailed, HarnessError
 from harness.formats.certificate import Certificate, Group, NextRows, Probe
-from harness.heartbeat import mark
+from harness.heartbeat import alive, mark
 from harness.log import say
 from harness.train.evaluate import evaluate
 from harness.train.schedule import Schedule
@@ -114,6 +114,7 @@ class Witness:
         """Seals of all masters and moments, and Adam's step count. Collective."""
         sums, adam_step = {}, 0
         for group in self.engine.named_slices():
+            alive()
             sums, adam_step = certificate.add([sums, certificate.sums_of_group(group)]), max(adam_step, group.adam_step)
         answers = distributed.gather_objects((sums, adam_step))
         return certificate.seals(certificate.add(part for part, _ in answers)), max(step for _, step in answers)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from harness.train.progress import Progress
 
 FILE = "data.json"
+"""Version 2: `known`, the facts of all data that the run was trained on, by fingerprint; before, it held those of the last attempt alone."""
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,34 +28,28 @@ class Changes:
 
     Attributes:
         run_dir: of the run.
-        facts: of the data now; empty while they are being prepared.
+        known: facts of all data that it was trained on, those of now among them unless they are still being prepared; on rank 0.
         appended: a sentence about what was added, where that is all that changed; empty otherwise.
     """
 
     run_dir: Path
-    facts: dict[str, Any]
+    known: dict[str, Any]
     appended: str
 
     @classmethod
     def since(cls, run: RunFile, data: RunData, found: tuple[Path, Manifest] | None) -> Changes:
-        """Compare with what the checkpoint was trained on.
+        """Compare with what the checkpoint was trained on; rank 0, which knows that, judges for all. Collective.
 
         Raises:
-            Refused: when a cursor into the old rows means nothing in the new ones.
+            Refused: on all ranks, when a cursor into the old rows means nothing in the new ones, or the ranks have different rows.
         """
-        path, now = run.run_path / FILE, data.facts() if data.train.is_whole else {}
-        before = files.read_json(path) if path.is_file() else None
-        if found is None or found[1].data_fingerprint == data.train.fingerprint:
-            return cls(run.run_path, now, "")
-        difference = describe(before, now) if before and now else "what was recorded of them is not enough to say more"
-        added = _appended(before, now) if before and now else ""
-        if added and run.data.accept_appended:
-            return cls(run.run_path, now, added)
-        remedy = "Restore the data, or start a new run in another run_dir"
-        raise Refused(
-            f"The checkpoint {found[0].name} was trained on other rows than there are now: {difference}.", where=f"{found[0]} and {_places(run)}",
-            remedy=f"{remedy}; data.accept_appended=true goes on with all of them, from a new epoch." if added else f"{remedy}.",
-        )
+        fingerprints = distributed.gather_objects(data.train.fingerprint)
+        if strangers := [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]:
+            raise Refused(f"Rank {strangers[0]} has other training data than rank 0.", where=_places(run), remedy="Give all hosts the same prepared data.")
+        changes, refused = distributed.broadcast_object(_judge(run, data, found) if distributed.rank() == 0 else None)
+        if refused is not None:
+            raise refused
+        return changes
 
     def first_row(self, found: tuple[Path, Manifest] | None) -> int:
         """Rows that were consumed before the order in force begins."""
@@ -74,8 +70,32 @@ class Changes:
         if distributed.rank() == 0:
             if self.appended:
                 ledger.append(self.run_dir, "appended", reason=self.appended, first_row=progress.first_row)
-            if self.facts:
-                files.write_json(self.run_dir / FILE, self.facts)
+            files.write_json(self.run_dir / FILE, {"version": VERSION, "known": self.known})
+
+
+def _judge(run: RunFile, data: RunData, found: tuple[Path, Manifest] | None) -> tuple[Changes | None, Refused | None]:
+    """What changed, or why that is not accepted."""
+    now = data.facts() if data.train.is_whole else {}
+    known = {} if found is None else _known(run.run_path / FILE, found[1])
+    known_now = known | ({data.train.fingerprint: now} if now else {})
+    if found is None or found[1].data_fingerprint == data.train.fingerprint:
+        return Changes(run.run_path, known_now, ""), None
+    before = known.get(found[1].data_fingerprint)
+    difference = describe(before, now) if before and now else "what was recorded of them is not enough to say more"
+    added = _appended(before, now) if before and now else ""
+    if added and run.data.accept_appended:
+        return Changes(run.run_path, known_now, added), None
+    remedy = "Restore the data, or start a new run in another run_dir"
+    return None, Refused(
+        f"The checkpoint {found[0].name} was trained on other rows than there are now: {difference}.", where=f"{found[0]} and {_places(run)}",
+        remedy=f"{remedy}; data.accept_appended=true goes on with all of them, from a new epoch." if added else f"{remedy}.",
+    )
+
+
+def _known(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a run has recorded of its data; a record of before version 2 is taken for that of the checkpoint."""
+    record = files.read_json(path) if path.is_file() else {}
+    return record["known"] if record.get("version") == VERSION else {manifest.data_fingerprint: record}
 
 
 def _places(run: RunFile) -> str:

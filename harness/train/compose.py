@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import collector, distributed, log
-from harness.checkpoint import commit, resume
+from harness.checkpoint import commit, resume, shelf
 from harness.checkpoint.disks import Disks, find
 from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge
@@ -18,9 +17,7 @@ from harness.config.load import Loaded
 from harness.config.schema import RunFile
 from harness.data.loader import eval_batches
 from harness.data.mixture import MixedTable
-from harness.data.passed import Passed
 from harness.data.rows import RowTable
-from harness.data.provenance import origins
 from harness.data.sets import RunData, open_data
 from harness.errors import HarnessError, Refused, first_line
 from harness.formats import ledger
@@ -42,6 +39,7 @@ from harness.train.evaluate import Evaluation, evaluate
 from harness.train.loop import Trainer
 from harness.train.opened import Work
 from harness.train.progress import Progress
+from harness.train.quarantine import Quarantine
 from harness.train.rollback import WayBack, load
 from harness.train.saving import Saver
 from harness.train.trace import Tracer
@@ -72,7 +70,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     table, template = data.train, data.template
     tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=run.model.trust_code)
     if world.is_main:
-        write_description(run.run_path / "model", config, tokenizer, template)
+        write_description(run.run_path / "model", config, tokenizer, template, base=run.model.path)
     grid = Grid(run.engine.pipeline_stages, world.size, world.rank)
     batch = batch_equation(loaded, grid.dp_size)
     ds_config = merge(loaded, batch, nvme_path=_nvme_path(run, world))
@@ -105,6 +103,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
 
     witness = Witness(run, engine, data, grid, batch.rows)
     saver = Saver(run, engine, witness, world, disks, recorder, ds_config, attempt=attempt.number, stands=progress.step)
+    quarantine = Quarantine(run)
     tracer = Tracer(attempt.folder / "traces", rank=world.rank, takes_part=grid.dp_rank == 0, note=note)
     trainer = Trainer(
         run=run, engine=engine, course=course, rows_per_epoch=lambda: table.num_rows if table.is_whole else None, work=_work(run, engine),
@@ -114,17 +113,18 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         stop=stop, saver=saver, save_requested=lambda: requests.taken("save") or saver.is_due(), trace_requested=lambda: requests.taken("trace"),
         tracer=tracer,
         go_back=WayBack(engine, disks, lambda: _newest_checkpoint(run.run_path, disks), ahead, witness, recorder, note),
-        quarantine=lambda progress, step, first, last: _quarantine(run, progress, step, first, last), note=note,
+        quarantine=quarantine, note=note,
         progress=progress, is_evaluated=_is_evaluated(run, found, course),
     )
     _announce(run, engine, batch, table, course, progress)
     try:
         if found:
             witness.check(found, progress, order=course.loader.order, schedule=course.schedule)
-        return _go(trainer, is_whole=distributed.broadcast_object(data.is_whole))
+        return _go(trainer, found, is_whole=distributed.broadcast_object(data.is_whole))
     finally:
         tracer.close()
         saver.close()
+        quarantine.close()
         trainer.course.loader.close()
         data.close()
         recorder.close()
@@ -145,17 +145,27 @@ def _meet(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     return device, attempt, stop
 
 
-def _go(trainer: Trainer, *, is_whole: bool) -> Evaluation:
+def _go(trainer: Trainer, found: tuple[Path, Manifest] | None, *, is_whole: bool) -> Evaluation:
     """From where the run stands to its last evaluation; before its first step it has a look, where all is prepared."""
-    step, total = trainer.progress.step, trainer.course.total_steps
+    step = trainer.progress.step
     if step == 0 and trainer.run.evaluation.at_start and not is_whole:
         say("The evaluation before the first step is left out: the validation set is still being prepared.")
     elif step == 0 and trainer.run.evaluation.at_start:
         trainer.first_look()
-    elif step >= total and trainer.is_evaluated:
-        say(f"The run already has its {total} steps; evaluating its newest checkpoint.")
-        return trainer.evaluate()
+    elif over := _why_over(trainer, found):
+        say(f"{over}; evaluating its newest checkpoint.")
+        return trainer.last_look()
     return trainer.fit()
+
+
+def _why_over(trainer: Trainer, found: tuple[Path, Manifest] | None) -> str:
+    """Why there is nothing left to train, by an evaluation that a checkpoint has; empty where there is."""
+    progress, total, patience = trainer.progress, trainer.course.total_steps, trainer.run.evaluation.patience
+    if progress.step >= total and trainer.is_evaluated:
+        return f"The run already has its {total} steps"
+    if found and patience is not None and "eval/loss" in found[1].metrics and progress.bad_evaluations >= patience:
+        return f"The run ended at step {progress.step} by evaluation.patience: the best loss is that of step {progress.best_step}"
+    return ""
 
 
 def _is_evaluated(run: RunFile, found: tuple[Path, Manifest] | None, course: Course) -> bool:
@@ -179,10 +189,10 @@ def _nvme_path(run: RunFile, world: World) -> str | None:
     """A folder of this run and host: DeepSpeed clears what it is given, so two runs must never share one."""
     if run.engine.nvme_dir is None:
         return None
-    return str(Path(run.engine.nvme_dir) / f"{run.run_path.absolute().name}-{attempt_key(run)}" / world.host)
+    return str(Path(run.engine.nvme_dir) / f"{run.run_path.absolute().name}-{_folder_key(run)}" / world.host)
 
 
-def attempt_key(run: RunFile) -> str:
+def _folder_key(run: RunFile) -> str:
     """A short name for the run's own folder, so that equal names in different places do not meet."""
     from harness.files import digest_text
 
@@ -216,7 +226,9 @@ def _build_engine(run: RunFile, config: Any, ds_config: dict[str, Any], *, devic
 
 
 def _check_room(run: RunFile, engine: CommonEngine, disks: Disks) -> None:
-    """Refuse before the first step what could not be saved later: what is kept, and one more while it is written."""
+    """Refuse before the first step what could not be saved later: what is kept, and one more while it is written; leftovers go first."""
+    if disks.is_leader:
+        shelf.sweep(run.run_path)
     checkpoints = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
     lacking = commit.room_problems(run.run_path, engine.parameters(), checkpoints=checkpoints, disks=disks)
     if lacking:
@@ -237,22 +249,6 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile, disk
 def _note(run_dir: Path, kind: str, **facts: Any) -> None:
     if distributed.rank() == 0:
         ledger.append(run_dir, kind, **facts)
-
-
-def _quarantine(run: RunFile, progress: Progress, step: int, first: int, last: int) -> str:
-    """Write which documents a step was trained on; the tables of the loader's thread are left alone."""
-    path = run.run_path / "quarantine.jsonl"
-    if distributed.rank() == 0:
-        data, passed = open_data(run), Passed.of(progress.passed)
-        order, count = data.train.order(seed=run.train.seed, window_shards=run.data.window_shards), passed.trained(first, last)
-        ids = passed.rows(order, first, count, begin=progress.first_row)
-        places = [place for begin, size in passed.spans(first, count) for place in range(begin, begin + size)]
-        with open(path, "a", encoding="utf-8") as lines:
-            for place, row_id in zip(places, ids.tolist(), strict=True):
-                documents = [{"file": file, "row": row} for file, row in origins(data.train, row_id)]
-                lines.write(json.dumps({"step": step, "position": place - progress.first_row, "documents": documents}, ensure_ascii=False) + "\n")
-        data.close()
-    return str(path)
 
 
 def _work(run: RunFile, engine: CommonEngine) -> Work:

@@ -40,13 +40,13 @@ def run_length(run: RunFile, *, rows_per_epoch: int, batch_rows: int, done: Prog
 
 
 def build_schedule(run: RunFile, *, steps: int, rows_per_epoch: int, batch_rows: int) -> Schedule:
-    """The learning rate's course over `steps` optimizer steps."""
+    """The learning rate's course over `steps` optimizer steps; its fall begins after the warm-up."""
     settings = run.optimizer
     warmup = settings.warmup_steps or 0
     if settings.warmup_epochs is not None:
         warmup = math.ceil(settings.warmup_epochs * rows_per_epoch / batch_rows)
     decay = settings.decay_steps if settings.decay_steps is not None else max(1, steps // 10)
-    return Schedule(settings.schedule, settings.lr, steps, warmup, decay, settings.min_lr_share)
+    return Schedule(settings.schedule, settings.lr, steps, warmup, min(decay, max(0, steps - warmup)), settings.min_lr_share)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,19 @@ class Trainer:
         except Interrupted:
             self._stop()
 
+    def last_look(self) -> Evaluation:
+        """Evaluate a run that is over once more; what was recorded stands.
+
+        Raises:
+            StopRequested: when a rank was asked to stop.
+        """
+        try:
+            evaluation = self.evaluate()
+        except Interrupted:
+            self._stop()
+        self._tell(evaluation)
+        return evaluation
+
     @property
     def _evaluated_now(self) -> bool:
         return self._evaluated_at == self.progress.step
@@ -196,8 +209,10 @@ class Trainer:
             trace=self.trace_requested(),
         )
         positions = batch.rows * self.run.data.sequence_length
-        waited = self.course.loader.wait_seconds
-        self._pending = OpenStep(self.progress.step, self.progress.rows, result, lr, seconds, waited, positions, batch.first_position)
+        loader = self.course.loader
+        is_full = batch.rows == loader.global_rows
+        progress, waited = self.progress, loader.wait_seconds
+        self._pending = OpenStep(progress.step, progress.rows, result, lr, seconds, waited, positions, batch.first_position, is_full)
 
     def _settle(self) -> set[str]:
         """Collect the sums of the step before, record it, and say what the ranks agreed to do.
@@ -233,13 +248,13 @@ class Trainer:
         self._stood_s += time.perf_counter() - started
 
     def _judge(self, step: OpenStep, loss: float) -> None:
-        """Say that a step stands out, keep its documents, and stop where that is asked for."""
+        """Say that a step stands out, keep its documents, and stop where that is asked for; the loss of a few rows always differs from that of many."""
         settings = self.run.train
         self._skipped = 0 if step.result.applied else self._skipped + 1
         if self._skipped >= settings.max_skipped_steps:
             self.saver.finish()
             raise AnomalyStop(f"The gradient was not finite in {self._skipped} steps in a row, up to step {step.step}; none of them was applied.")
-        score = self._watch.judge(loss) if settings.spikes != "ignore" else None
+        score = self._watch.judge(loss) if settings.spikes != "ignore" and step.is_full else None
         self.progress.past_losses = self._watch.past
         if score is None:
             return
@@ -273,12 +288,16 @@ class Trainer:
     def _record(self, evaluation: Evaluation, answers: list[tuple[str, str]]) -> None:
         step = self.progress.step
         self.recorder.evaluation(step, evaluation.metrics(), rows=self.progress.rows)
-        say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
-            f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        self._tell(evaluation)
         if held_up := self.engine.balance():
             say(f"step {step}: {held_up}")
             self.note("imbalance", step=step, reason=held_up)
-        if evaluation.by_set:
-            say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))
         for prompt, answer in answers:
             self.recorder.sample(step, prompt, answer)
+
+    def _tell(self, evaluation: Evaluation) -> None:
+        step = self.progress.step
+        say(f"step {step}: evaluation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+            f"token accuracy {evaluation.token_accuracy:.1%} over {evaluation.tokens:,} tokens")
+        if evaluation.by_set:
+            say(f"step {step}: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in evaluation.by_set.items()))

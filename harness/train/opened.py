@@ -27,7 +27,7 @@ class Work:
 
 @dataclass
 class OpenStep:
-    """A step whose sums are still on their way between the ranks."""
+    """A step whose sums are still on their way between the ranks; `is_full` unless empty rows filled its batch up."""
 
     step: int
     rows: int
@@ -37,6 +37,7 @@ class OpenStep:
     data_wait_seconds: float
     positions: int
     first_row: int
+    is_full: bool
 
     def metrics(self, agreed: Agreed, rows_per_epoch: int | None, work: Work) -> dict[str, float]:
         """The metrics by tag.

@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint import fetch
 from harness.checkpoint.disks import Disks
 from harness.data.passed import Passed
 from harness.errors import AnomalyStop
+from harness.heartbeat import alive
 from harness.log import say
 from harness.train.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.common import CommonEngine
     from harness.formats.manifest import Manifest
     from harness.telemetry.recorder import Recorder
@@ -32,7 +35,13 @@ def load(engine: CommonEngine, found: tuple[Path, Manifest], disks: Disks) -> Pr
     """
     manifest = found[1]
     with fetch.reading(found, engine.held_slices(), disks) as reader:
-        engine.load_slices(reader.read, step=manifest.adam_step)
+
+        def read(*part: Any) -> torch.Tensor:
+            alive()
+            return reader.read(*part)
+
+        engine.load_slices(read, step=manifest.adam_step)
+        engine.load_buffers(reader.buffers(), where=str(found[0]))
     engine.restore_loss_scale(manifest.loss_scale)
     return Progress.from_state(manifest.state)
 

@@ -21,10 +21,12 @@ from harness.formats.manifest import KINDS
 from harness.heartbeat import mark
 from harness.log import say
 from harness.train.certify import Witness
-from harness.units import format_bytes
+from harness.units import format_bytes, format_seconds
 from harness.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from harness.engine.common import CommonEngine
     from harness.engine.holdings import SliceGroup
     from harness.telemetry.recorder import Recorder
@@ -43,14 +45,18 @@ class Flight:
     Attributes:
         fields: of its manifest, as things stood when it began.
         best_step: of the best evaluation by then.
+        buffers: of the model, as they were then.
         stall_s: seconds that training stood still for it so far.
+        beside_s: seconds in which it was written while training went on, once it is.
         behind: the thread that writes this rank's part, or None when it is written.
         answer: what this rank wrote, once it is.
     """
 
     fields: dict[str, Any]
     best_step: int
+    buffers: dict[str, torch.Tensor]
     stall_s: float = 0.0
+    beside_s: float = 0.0
     behind: Behind | None = None
     answer: commit.Answer = (None, "")
 
@@ -142,10 +148,11 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         self.saved_at = time.monotonic()
-        if self._cleaning is not None:
-            self._cleaning.result()
+        with distributed.together("save"):
+            if self._cleaning is not None:
+                self._cleaning.result()
         waits = last or not self._may_copy()
-        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step)
+        flight = Flight(self._fields(progress, metrics, probe=waits or bool(metrics)), progress.best_step, self.engine.buffers())
         try:
             commit.check_room(self.run.run_path, flight.fields, self.disks)
         except Failure as error:
@@ -153,7 +160,8 @@ class Saver:
             return
         self._flight = flight
         if waits:
-            flight.answer = self._write(flight, _marked(self.engine.named_slices()))
+            with distributed.together("save"):
+                flight.answer = self._write(flight, _marked(self.engine.named_slices()))
             flight.stall_s = time.perf_counter() - started
             self.finish(last=last)
         else:
@@ -171,8 +179,10 @@ class Saver:
             return
         started = time.perf_counter()
         mark("save")
-        if flight.behind is not None:
-            flight.answer = flight.behind.result()
+        with distributed.together("save"):
+            if flight.behind is not None:
+                flight.answer = flight.behind.result()
+                flight.beside_s = max(0.0, flight.behind.seconds - (time.perf_counter() - started))
         try:
             folder = commit.conclude(
                 flight.answer, run_dir=self.run.run_path, fields=flight.fields, attempt=self.attempt, world=self.world, disks=self.disks
@@ -181,11 +191,12 @@ class Saver:
             self._give_up(flight, error, last=last)
             return
         self.stands = flight.step
-        self._retain(flight.best_step, wait=last)
+        with distributed.together("save"):
+            self._retain(flight.best_step, wait=last)
         self._record(flight, folder, stall_s=flight.stall_s + time.perf_counter() - started)
 
     def _write(self, flight: Flight, groups: Iterable[SliceGroup]) -> commit.Answer:
-        return commit.write(groups, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
+        return commit.write(groups, flight.buffers, run_dir=self.run.run_path, step=flight.step, attempt=self.attempt, rank=self.world.rank)
 
     def _write_behind(self, flight: Flight) -> None:
         """Copy, and let a thread write the copy; a rank that cannot copy tells the others at the end."""
@@ -232,12 +243,13 @@ class Saver:
             self._cleaning.result()
 
     def _record(self, flight: Flight, folder: Path, *, stall_s: float) -> None:
-        seconds = stall_s + (flight.behind.seconds if flight.behind is not None else 0.0)
+        seconds = stall_s + flight.beside_s
         self._last_cost_s = seconds
         if self.world.is_main:
+            size = commit.size_bytes(flight.fields["parameters"])
+            say(f"step {flight.step}: checkpoint saved in {format_seconds(seconds)} ({format_bytes(size)})")
             ledger.append(
-                self.run.run_path, "save", step=flight.step, checkpoint=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall_s, 3),
-                bytes=commit.size_bytes(flight.fields["parameters"]),
+                self.run.run_path, "save", step=flight.step, checkpoint=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall_s, 3), bytes=size,
             )
         self.recorder.extra(flight.step, {"checkpoint/stall_seconds": stall_s, "checkpoint/save_seconds": seconds})
 
@@ -280,5 +292,5 @@ def _lacking(host: str, ranks: list[tuple[int, float]]) -> str:
 def _clean(run_dir: Path, kept: dict[str, Any]) -> None:
     try:
         shelf.retain(run_dir, **kept)
-    except OSError as error:
+    except (OSError, Failure) as error:
         say(f"Old checkpoints cannot be deleted: {error}")

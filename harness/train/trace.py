@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from harness.heartbeat import alive
 from harness.log import say
 
 STEPS = 3
@@ -81,7 +82,9 @@ class Tracer:
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"step-{self._first:06d}-rank-{self._rank:05d}"
         path = self._folder / f"{stem}.pt.trace.json.gz"
+        alive()
         profile.export_chrome_trace(str(path))
+        alive()
         longest = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=longest, row_limit=_ROWS, max_name_column_width=60)
         (self._folder / f"{stem}.txt").write_text(table + "\n", encoding="utf-8")

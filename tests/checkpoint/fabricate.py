@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,23 @@ def fields(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, **others: Any
     return {"step": step, "rows_consumed": step * 8, "data_fingerprint": "f", "parameters": parameters, **others}
 
 
+def commit_groups(
+    groups: Iterable[SliceGroup], *, run_dir: Path, fields: dict[str, Any], attempt: int, world: World, disks: Disks | None = None,
+    buffers: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Commit a checkpoint of one or several ranks; the arguments are those of `commit.write` and `commit.conclude`. Collective."""
+    disks = disks or Disks.shared(world)
+    commit.check_room(run_dir, fields, disks)
+    answer = commit.write(groups, buffers or {}, run_dir=run_dir, step=fields["step"], attempt=attempt, rank=world.rank)
+    return commit.conclude(answer, run_dir=run_dir, fields=fields, attempt=attempt, world=world, disks=disks)
+
+
 def save(
     run_dir: Path, step: int, *, tensors: dict[str, dict[str, torch.Tensor]] | None = None, attempt: int = 1
 ) -> Path:
     """Commit a checkpoint of a single rank."""
     owned = groups(tensors or state(seed=step), rank=0, ranks=1)
-    return commit.save(owned, run_dir=run_dir, fields=fields(step), attempt=attempt, world=World())
+    return commit_groups(owned, run_dir=run_dir, fields=fields(step), attempt=attempt, world=World())
 
 
 def save_as_ranks(
@@ -71,12 +82,15 @@ def save_as_ranks(
     ranks: int,
     step: int = 1,
     shapes: dict[str, Any] = SHAPES,
+    buffers: dict[str, torch.Tensor] | None = None,
     **others: Any,
 ) -> Path:
     """Commit a checkpoint as `ranks` ranks would have written it."""
     folder = shelf.checkpoints_folder(run_dir) / shelf.folder_name(step)
     aside = folder.with_name(f"{folder.name}.tmp-1")
-    written = [commit._write_groups(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), rank) for rank in range(ranks)]
+    written = [
+        commit._write(aside, groups(tensors, rank=rank, ranks=ranks, shapes=shapes), {} if rank else buffers or {}, rank) for rank in range(ranks)
+    ]
     manifest = commit._manifest(fields(step, shapes, **others), written, World(size=ranks), Disks.shared(World(size=ranks)))
     commit._prepare(aside, manifest, 0)
     commit.publish(aside, folder)

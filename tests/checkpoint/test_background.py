@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from harness import memory
-from harness.checkpoint import background, commit, shelf
+from harness.checkpoint import background, shelf
 from harness.checkpoint.background import Behind, Snapshot
 from harness.world import World
-from tests.checkpoint.fabricate import fields, groups, save, state
+from tests.checkpoint.fabricate import commit_groups, fields, groups, save, state
 
 KIB = 1024
 
@@ -25,7 +25,7 @@ def test_a_copy_keeps_what_it_copied_and_its_memory_is_used_again(tmp_path):
     for held in tensors.values():
         for tensor in held.values():
             tensor.add_(1.0)
-    folder = commit.save(copies, run_dir=tmp_path, fields=fields(1), attempt=1, world=World())
+    folder = commit_groups(copies, run_dir=tmp_path, fields=fields(1), attempt=1, world=World())
     assert [entry.digest for entry in shelf.inspect(folder)[0].files] == expected
     again = snapshot.take(groups(tensors, rank=0, ranks=1))
     assert [buffer.data_ptr() for buffer in snapshot._buffers] == buffers

@@ -6,20 +6,28 @@ import json
 import math
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
-from tests.checkpoint.fabricate import SHAPES, fields, groups, save, save_as_ranks, state
+from tests.checkpoint.fabricate import SHAPES, commit_groups, fields, groups, save, save_as_ranks, state
 
-from harness.checkpoint import commit, shelf
-from harness.errors import Failure
+from harness.checkpoint import commit, resume, shelf
+from harness.checkpoint.disks import Disks
+from harness.errors import Failure, Refused
 from harness.files import digest_file, digest_text
-from harness.formats.manifest import FILE_NAME, ManifestError, coverage_problems, read_manifest
+from harness.formats.manifest import FILE_NAME, LaterVersion, Manifest, coverage_problems, read_manifest, write_manifest
 from harness.world import World
 
 
+def newest(run_dir: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """What a run goes on from, and what it says of those that it passes over."""
+    skipped: list[str] = []
+    return resume.newest(run_dir, Disks.shared(World()), tell=skipped.append), skipped
+
+
 def _newest_step(run_dir: Path) -> int | None:
-    found, _ = shelf.newest_good(run_dir)
+    found, _ = newest(run_dir)
     return found[1].step if found else None
 
 
@@ -42,14 +50,14 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
     said = fields(
         10, metrics={"eval/loss": float("inf"), "eval/perplexity": float("nan")}, state={"best_loss": float("inf")}
     )
-    folder = commit.save(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
+    folder = commit_groups(groups(state(), rank=0, ranks=1), run_dir=tmp_path, fields=said, attempt=1, world=World())
     manifest, problems = shelf.inspect(folder)
     assert problems == [] and manifest.metrics["eval/loss"] == manifest.state["best_loss"] == float("inf")
     assert manifest.metrics["eval/perplexity"] != manifest.metrics["eval/perplexity"]
 
 
 def test_no_checkpoints_is_no_error(tmp_path):
-    assert shelf.newest_good(tmp_path) == (None, [])
+    assert newest(tmp_path) == shelf.newest_good(tmp_path) == (None, [])
     assert not shelf.has_damaged(tmp_path)
 
 
@@ -83,26 +91,60 @@ def _flip_manifest(folder):
 )
 def test_damage_falls_back_to_the_one_before_and_keeps_the_evidence(tmp_path, damage, reason):
     save(tmp_path, 10)
-    newest = save(tmp_path, 20)
-    damage(newest)
-    found, skipped = shelf.newest_good(tmp_path)
+    last = save(tmp_path, 20)
+    damage(last)
+    found, skipped = newest(tmp_path)
     assert found[1].step == 10
     assert len(skipped) == 1 and reason in skipped[0] and "step-000020" in skipped[0]
-    assert newest.with_name("step-000020.damaged").is_dir() and not newest.exists()
+    assert last.with_name("step-000020.damaged").is_dir() and not last.exists()
     assert shelf.has_damaged(tmp_path)
 
 
-def test_looking_without_setting_aside_changes_nothing(tmp_path):
-    newest = save(tmp_path, 20)
-    _flip_bit(newest)
-    found, skipped = shelf.newest_good(tmp_path, set_aside=False)
-    assert found is None and len(skipped) == 1 and newest.is_dir()
+def test_looking_changes_nothing(tmp_path):
+    last = save(tmp_path, 20)
+    _flip_bit(last)
+    found, skipped = shelf.newest_good(tmp_path)
+    assert found is None and len(skipped) == 1 and last.is_dir()
+
+
+def _break(folder: Path) -> None:
+    """A file that the kernel answers with EIO, as a broken disk does."""
+    (folder / FILE_NAME).rename(folder.parent / "kept")
+    (folder / FILE_NAME).symlink_to("/proc/self/mem")
+
+
+def _break_tensors(folder: Path) -> None:
+    manifest, path = read_manifest(folder), _first_file(folder)
+    files = tuple(entry.model_copy(update={"bytes": 0}) if entry.file == path.name else entry for entry in manifest.files)
+    write_manifest(folder, manifest.model_copy(update={"files": files}))
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("spoil", [_break, _break_tensors])
+def test_what_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(shelf, "RETRY_S", 0.01)
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    spoil(last)
+    for look in (newest, shelf.newest_good):
+        with pytest.raises(Failure, match="step-000020 cannot be read, and may be whole: .*Input/output error.* It was left as it is."):
+            look(tmp_path)
+    assert [step for step, _ in shelf.committed(tmp_path)] == [20, 10] and not shelf.has_damaged(tmp_path)
+
+
+def test_a_disk_that_falters_is_asked_again(tmp_path):
+    last = save(tmp_path, 20)
+    _break(last)
+    threading.Timer(shelf.RETRY_S / 4, lambda: (last.parent / "kept").replace(last / FILE_NAME)).start()
+    assert _newest_step(tmp_path) == 20
 
 
 def test_the_same_step_damaged_twice_keeps_both(tmp_path):
     for _ in range(2):
         _flip_bit(save(tmp_path, 20))
-        shelf.newest_good(tmp_path)
+        with pytest.raises(Refused, match="Every checkpoint of this run is damaged"):
+            newest(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").glob("*.damaged*")} == {
         "step-000020.damaged",
         "step-000020.damaged-2",
@@ -121,8 +163,8 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        commit.save(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
-    found, skipped = shelf.newest_good(tmp_path)
+        commit_groups(dying(), run_dir=tmp_path, fields=fields(20), attempt=3, world=World())
+    found, skipped = newest(tmp_path)
     assert found[1].step == 10 and skipped == ["step-000020.tmp-3 was not finished"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010\n"
 
@@ -173,7 +215,7 @@ def test_failure_to_write_is_reported_and_leaves_nothing(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(Failure, match="rank 0: OSError.*No space left"):
-        commit.save(full(), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+        commit_groups(full(), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000010"]
 
 
@@ -194,7 +236,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_a_parameter_that_is_not_stored_whole_is_not_committed(tmp_path):
     with pytest.raises(Failure, match="wte.weight is stored up to element 18 of 35"):
-        commit.save(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
+        commit_groups(groups(state(), rank=0, ranks=2), run_dir=tmp_path, fields=fields(20), attempt=1, world=World())
     assert _newest_step(tmp_path) is None
 
 
@@ -210,6 +252,7 @@ def test_a_manifest_of_version_1_is_read(tmp_path):
     folder = save(tmp_path, 10)
     content = json.loads((folder / "manifest.json").read_text())
     del content["digest"], content["disks"]
+    content["config_fingerprint"] = ""
     for entry in content["files"]:
         del entry["disk"]
     content["version"] = 1
@@ -221,11 +264,17 @@ def test_a_manifest_of_version_1_is_read(tmp_path):
     assert shelf.inspect(folder)[1] == [f"{manifest.files[0].file} is missing"]
 
 
-def test_a_later_version_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.formats.manifest.VERSION", 0)
-    folder = save(tmp_path, 10)
-    with pytest.raises(ManifestError, match="version 2, this harness reads up to 0"):
-        read_manifest(folder)
+def test_a_later_version_is_refused_and_left_as_it_is(tmp_path):
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    later = read_manifest(last)
+    write_manifest(last, later.model_copy(update={"version": later.version + 1}))
+    with pytest.raises(LaterVersion):
+        read_manifest(last)
+    for look in (newest, shelf.newest_good):
+        with pytest.raises(Refused, match=rf"by a later version .* has version {later.version + 1}, this harness reads up to {later.version}"):
+            look(tmp_path)
+    assert [step for step, _ in shelf.committed(tmp_path)] == [20, 10]
 
 
 def test_retention_keeps_the_newest_and_the_best_and_clears_leftovers(tmp_path):
@@ -257,6 +306,16 @@ def test_steps_that_are_kept_for_good_outlive_retention(tmp_path):
         save(tmp_path, step)
     shelf.retain(tmp_path, keep_last=1, keep_every_steps=20)
     assert [step for step, _ in shelf.committed(tmp_path)] == [50, 40, 20]
+
+
+def test_a_run_without_evaluations_has_no_best_to_look_for(tmp_path, monkeypatch):
+    """So that no save reads the manifests of all that are kept."""
+    folder = save_as_ranks(tmp_path, state(), ranks=1, step=10, metrics={"eval/loss": 3.0})
+    _break(folder)
+    monkeypatch.setattr(shelf, "RETRY_S", 0.01)
+    assert shelf.best(tmp_path, 0) is None and shelf.best(tmp_path, 10) == 10
+    with pytest.raises(Failure, match="Input/output error"):
+        shelf.retain(tmp_path, keep_last=1, best_step=40)
 
 
 def test_while_the_newest_best_could_not_be_saved_the_one_before_it_stays(tmp_path):

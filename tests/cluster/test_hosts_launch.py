@@ -8,8 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -43,8 +45,11 @@ def told(path: Path) -> str:
 
 def left(cluster: Cluster) -> list[str]:
     """Processes of the run on any host."""
-    found = [process for number in range(len(cluster.names)) for process in cluster.processes(number)]
-    return [" ".join(process.cmdline())[:90] for process in found if "harness" in " ".join(process.cmdline())]
+    found = []
+    for process in (process for number in range(len(cluster.names)) for process in cluster.processes(number)):
+        with suppress(psutil.Error):  # gone meanwhile
+            found.append(" ".join(process.cmdline()))
+    return [line[:90] for line in found if "harness" in line]
 
 
 @pytest.mark.parametrize("through, words", [("deepspeed", ()), ("ssh", ("engine.deepspeed=zero1_offload_cpu", "engine.pipeline_stages=2"))])
@@ -157,12 +162,32 @@ def test_mpirun_trains_on_two_hosts_and_a_request_saves(hosts, run_file, tmp_pat
     if shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
     cluster = hosts(2)
-    started = launch(cluster, run_file, "train.steps=4000", on="mpi")
+    started = launch(cluster, run_file, "train.steps=4000", on="mpi", host=1)  # where Open MPI starts rank 0; the hostfile names it last
     until(started, lambda: 8 in losses(tmp_path / "run"), run_file)
     assert events(tmp_path / "run", "start")[0]["ranks"] == 2
     cluster.inner(started).send_signal(signal.SIGTERM)
     assert started.wait(timeout=60) == 75, told(run_file)
     assert read_outcome(tmp_path / "run").state == "stopped" and events(tmp_path / "run", "save")[-1]["step"] >= 8
+
+
+@pytest.mark.slow
+def test_a_third_request_kills_the_ranks_of_mpirun_on_all_hosts(hosts, run_file, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
+    cluster = hosts(2)
+    started = launch(cluster, run_file, "train.steps=4000", on="mpi")
+    until(started, lambda: 2 in losses(tmp_path / "run"), run_file)
+    for process in cluster.processes(1):
+        if "train" in process.cmdline():
+            process.suspend()  # it can neither save nor end, and the other one waits for it
+    for _ in range(3):
+        cluster.inner(started).send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert started.wait(timeout=20) == 75, told(run_file)
+    until_s = time.monotonic() + 20
+    while left(cluster) and time.monotonic() < until_s:
+        time.sleep(0.2)
+    assert not left(cluster)
 
 
 @pytest.mark.slow
@@ -180,3 +205,27 @@ def test_mpich_trains_on_one_host(hosts, run_file, tmp_path):
     cluster.inner(started).send_signal(signal.SIGTERM)
     assert started.wait(timeout=60) == 75, told(run_file)
     assert read_outcome(tmp_path / "run").state == "stopped" and events(tmp_path / "run", "save")[-1]["step"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["hosts", "mpi"])
+def test_a_machine_that_does_not_see_the_folder_of_the_run_answers_for_it(hosts, run_file, tmp_path, on):
+    """Launched from a host that takes no part, with a disk on each: done is 0, and a run whose rank is killed is started again."""
+    if on == "mpi" and shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun (Debian: apt-get install openmpi-bin)")
+    cluster, hostfile = hosts(3), tmp_path / "two-hosts"
+    hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    (tmp_path / "run").mkdir()
+    for number in range(3):
+        cluster.own_folder(number, tmp_path / "run")
+    try:
+        started = launch(cluster, run_file, "train.steps=30", "launch.restarts=1", on=on, hostfile=hostfile)
+        until(started, lambda: cluster.run(1, "test", "-d", tmp_path / "run" / "checkpoints" / "step-000010").returncode == 0, run_file)
+        next(process for process in cluster.processes(2) if "train" in process.cmdline()).kill()
+        assert started.wait(timeout=180) == 0, told(run_file)
+        assert "Starting again in 1 s (1 of 1 without a new checkpoint)" in told(run_file), told(run_file)
+        assert '"state": "done"' in cluster.run(1, "cat", tmp_path / "run" / "outcome.json").stdout
+        assert not (tmp_path / "run" / "outcome.json").exists()
+    finally:
+        for number in range(3):
+            cluster.run(number, "umount", tmp_path / "run")

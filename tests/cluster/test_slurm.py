@@ -102,6 +102,18 @@ def _struck(slurm: Slurm, run_file: Path, run_dir: Path, strike: Callable[[str],
             slurm("scancel", "--full", "--signal=KILL", "--user=root")
 
 
+@pytest.mark.parametrize("mpi", ["none", "pmi2"])
+def test_srun_alone_starts_ranks(slurm, run_file, tmp_path, mpi):
+    """Each task is a rank, without the script and without a node starter."""
+    told = tmp_path / "told"
+    words = ["srun", "-p", "low", "-N", "2", "-n", "2", f"--mpi={mpi}", "-t", "5", "python", "-m", "harness"]
+    assert slurm.start(*words, "train", run_file, "train.steps=4", f"run_dir={tmp_path / 'run'}", told=told).wait(180) == 0, told.read_text()
+    assert [event["ranks"] for event in _starts(tmp_path / "run")] == [2] and len(losses(tmp_path / "run")) == 4
+    if mpi == "none":
+        slurm.start(*words, "doctor", told=tmp_path / "doctor").wait(180)
+        assert "2 ranks on 2 hosts" in (tmp_path / "doctor").read_text()
+
+
 def test_preempted_by_a_higher_partition(slurm, run_file, reference, tmp_path):
     def strike(job: str) -> None:
         slurm("sbatch", "-p", "high", "--exclusive", "-N", "2", "-o", "/dev/null", "--wrap", "sleep 1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from harness.config.batch import batch_equation
@@ -56,6 +58,14 @@ def test_frozen(run_file):
         ("train.stepz=3", "Did you mean `steps`?"),
         ("trane.steps=3", "Did you mean `train`?"),
         ("data.columns.promt=x", "Did you mean `prompt`?"),
+        ("optimizer.learning_rate=1e-4", "`learning_rate` is `optimizer.lr` here."),
+        ("train.learning-rate=1e-4", "`learning_rate` is `optimizer.lr` here."),
+        ("train.lr=1e-4", "Did you mean `optimizer.lr`?"),
+        ("train.gradient_accumulation_steps=4", "follows from `train.global_batch_rows`, `train.micro_batch` and the ranks"),
+        ("max_seq_length=512", "`data.sequence_length`"),
+        ("model.lora.r=8", "`lora`: all weights are trained"),
+        ("train.dpo=true", "there is no DPO"),
+        ("train.zzz=1", "Remove `zzz`; `train` has steps, epochs, "),
         ("train.steps=many", "`train.steps`"),
         ("train.steps=-1", "greater than 0"),
         ("train.precision=fp8", "`train.precision`"),
@@ -69,6 +79,17 @@ def test_refused_at_load(run_file, override, told):
         load(run_file, [override])
     assert told in str(caught.value)
     assert "command line" in str(caught.value)
+
+
+def test_what_a_name_from_elsewhere_points_to_is_a_setting():
+    from harness.config import elsewhere
+    from harness.config.load import _keys
+
+    keys = set(_keys())
+    for name, told in elsewhere.NAMES.items():
+        assert name not in {key.rpartition(".")[2] for key in keys}, f"{name} is a setting of its own"
+        named = re.findall(r"`([\w.]+)[^`]*`", told)[1:]
+        assert all(key in keys for key in named if "." in key and key != "metrics.jsonl"), told
 
 
 @pytest.mark.parametrize("text", ["", "just words", "a: [", "run_dir: x\nrun_dir: y\n"])
@@ -115,6 +136,8 @@ def test_missing_and_binary_file(tmp_path):
         (["train.precision=fp16"], "fp16 needs a GPU"),
         (["engine.device=cuda"], "torch sees none"),
         (["optimizer.warmup_steps=11"], "longer than the run"),
+        (["optimizer.schedule=warmup_stable_decay", "optimizer.warmup_steps=6", "optimizer.decay_steps=5"], "reaches into the warm-up of 6"),
+        (["evaluation.patience=2"], "only the one at the end"),
         (["optimizer.warmup_steps=1", "optimizer.warmup_epochs=1"], "both set"),
         (["run_dir=/dev/null/x"], "is a file"),
     ],

@@ -19,6 +19,7 @@ def test_plan_prints_the_merged_configuration_the_batch_and_the_memory(run_file)
     planned = harness("plan", run_file, "train.global_batch_rows=8", "engine.deepspeed=zero3_offload_cpu")
     assert planned.code == 0, planned.output
     assert "8 rows = micro-batch 1 x accumulation 4 x 2 ranks" in " ".join(planned.output.replace("\u2502", " ").split())
+    assert "'plain' of data.template" in planned.output
     merged = json.loads(planned.output[planned.output.index("{") : planned.output.rindex("}") + 1])
     assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (1, 4)
     assert merged["zero_optimization"]["stage"] == 3 and merged["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -102,3 +103,17 @@ def test_a_chinese_corpus_in_its_own_encoding(run_file, tmp_path):
     assert shown.code == 0 and "shard-00000" in shown.output and "什么是" in shown.output, shown.output
     where = harness("data", "where", tmp_path / "data" / "train", "0", "--run", tmp_path / "run")
     assert where.code == 0 and "row 0, epoch 0: position" in where.output, where.output
+
+
+@pytest.mark.slow
+def test_the_end_of_a_run_says_what_to_do_with_it(run_file, tmp_path):
+    """Also where the run had ended before: what is evaluated then is told, and what was recorded stands."""
+    words = ("train.steps=2", "launch.ranks=1", "checkpoint.every_steps=1")
+    done = harness("launch", run_file, *words)
+    assert done.code == 0 and "step 1: checkpoint saved in " in done.output and "step 2: checkpoint saved in " in done.output, done.output
+    line = next(line for line in done.output.splitlines() if line.startswith("step 2: evaluation loss"))
+    assert f"  harness export {tmp_path / 'run'} --to FOLDER" in done.output.split("Done at step 2, ")[1], done.output
+    recorded = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = harness("launch", run_file, *words)
+    assert again.code == 0 and line in again.output and "Done at step 2, " in again.output, again.output
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == recorded

@@ -122,6 +122,29 @@ def test_while_the_model_is_built(run_file, whole, folder):
 
 
 @pytest.mark.slow
+def test_a_run_that_ended_for_want_of_patience_is_over(folder, tmp_path, monkeypatch):
+    """Started again it only evaluates, and hears a request meanwhile; with more patience it goes on."""
+    (folder / "patience").mkdir()
+    lines = [{"question": f"What is the {WORDS[n % 6]} of {n}?", "answer": f"It is {n * 7 % 23}, more or less."} for n in range(60)]
+    stuck = {"optimizer": {"lr": 1e-30}, "evaluation": {"every_steps": 2, "patience": 1, "at_start": False}, "launch": {"ranks": 1}}
+    run_file, run_dir = write_run(folder / "patience", lines[:50], lines[50:], **stuck), folder / "patience" / "run"
+    assert "evaluation.patience" not in launched(run_file, run_dir) and list(losses(run_dir)) == [1, 2, 3, 4]
+    with monkeypatch.context() as patched:
+        for name, value in armed(0, "evaluate", 0, tmp_path).items():
+            patched.setenv(name, value)
+        with running(run_file, run_dir) as it:
+            it.until((tmp_path / "struck").exists)
+            it.strike(signal.SIGTERM)
+            time.sleep(0.5)
+            (tmp_path / "go").touch()
+            stopped(it)
+    assert "The run ended at step 4 by evaluation.patience: the best loss is that of step 2" in launched(run_file, run_dir)
+    assert list(losses(run_dir)) == [1, 2, 3, 4] and [event["step"] for event in events(run_dir, "save")] == [2, 4]
+    launched(run_file, run_dir, "evaluation.patience=2")
+    assert list(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [["engine.deepspeed=zero3_offload_cpu"], ["engine.pipeline_stages=2"]])
 def test_in_an_evaluation_of_other_engines(run_file, folder, engine):
     """The pipeline takes 64 micro-batches at a time, ZeRO-3 gathers in between."""

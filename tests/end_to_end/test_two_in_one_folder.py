@@ -42,6 +42,19 @@ def test_the_second_launch_is_refused(run_file, standing, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("word", ["launch.ranks=2", "train.seed=5"])
+def test_a_second_job_that_is_refused_for_another_reason_leaves_no_trace(run_file, standing, tmp_path, word):
+    """Before it has looked whether another trains there: an outcome of its own would be taken for that of the run."""
+    run_dir = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.name != "running"}
+    second = harness("train", run_file, "launch.ranks=1", f"run_dir={run_dir}", word)
+    assert second.code == 2 and "where:" in second.output and "A run is under way" not in second.output, second.output
+    assert {path: path.stat().st_mtime_ns for path in before if path.exists()} == before and not (run_dir / "outcome.json").exists()
+    assert not list(run_dir.glob("attempts/*/logs/*.end.json"))
+    ends_well(standing, tmp_path)
+
+
+@pytest.mark.slow
 def test_the_second_job_of_deepspeed_is_refused(run_file, standing, tmp_path):
     """No launcher of ours looks first; the ranks themselves find out, and write nothing."""
     second = deepspeed("train", run_file, f"run_dir={tmp_path / 'run'}")

@@ -15,6 +15,7 @@ import torch
 from harness.config.schema import RunFile
 from harness.testing.models import tiny_config
 from harness.train.schedule import Schedule
+from tests.checkpoint.fabricate import commit_groups
 from tests.data.conftest import make_run, write_pairs
 from tests.engine import work
 
@@ -60,7 +61,7 @@ def prepare_data(folder: Path) -> None:
 def travel(folder: str, run_dir: str, leg: Leg, last: int, dropout: float) -> Travelled:
     """On one rank: go on from the newest checkpoint, if there is one, to step `last`, and save."""
     from harness import distributed
-    from harness.checkpoint import commit, resume
+    from harness.checkpoint import resume
     from harness.checkpoint.disks import find
     from harness.data.loader import TrainLoader
     from harness.data.sets import open_data
@@ -99,7 +100,7 @@ def travel(folder: str, run_dir: str, leg: Leg, last: int, dropout: float) -> Tr
         "step": last, "rows_consumed": progress.rows, "data_fingerprint": data.train.fingerprint, "run_file": run.model_dump(mode="json"),
         "engine": engine.name, "parameters": engine.parameters(), "tied": engine.tied(), "state": progress.state(), "certificate": witness.facts(progress),
     }
-    commit.save(engine.named_slices(), run_dir=place, fields=fields, attempt=1, world=world, disks=disks)
+    commit_groups(engine.named_slices(), run_dir=place, fields=fields, attempt=1, world=world, disks=disks)
     engine.close()
     data.close()
     distributed.barrier()

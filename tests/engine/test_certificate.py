@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint import commit, read, shelf
+from harness.checkpoint import read, shelf
 from harness.config.schema import RunFile
 from harness.errors import CheckFailed
 from harness.formats.manifest import read_manifest
@@ -18,6 +18,7 @@ from harness.testing.rows import cut, random_rows
 from harness.train.certify import Witness
 from harness.train.progress import Progress
 from harness.train.schedule import Schedule
+from tests.checkpoint.fabricate import commit_groups
 from tests.data.conftest import make_run, write_pairs
 from tests.engine import work
 
@@ -69,7 +70,7 @@ def save(seen: Witness, step: int, progress: Progress) -> None:
         "parameters": seen.engine.parameters(), "tied": seen.engine.tied(), "state": progress.state(), "certificate": seen.facts(progress),
     }
     world = World(rank=distributed.rank(), size=distributed.size())
-    commit.save(seen.engine.named_slices(), run_dir=seen.run.run_path, fields=fields, attempt=1, world=world)
+    commit_groups(seen.engine.named_slices(), run_dir=seen.run.run_path, fields=fields, attempt=1, world=world)
 
 
 def done(seen: Witness) -> None:

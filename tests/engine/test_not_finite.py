@@ -42,7 +42,7 @@ def steps(name: str, what: str, precision: str) -> list[dict[str, Any]]:
         result = engine.train_step(batch, step=step, lr=work.LR)
         agreement.offer(result.loss_sum, result.aux_loss_sum, stop=False, save=False)
         agreed, after = agreement.collect(), work.masters(engine)
-        found.append({"applied": result.applied, "loss": agreed.loss_sum, "finite": agreed.finite, "same": all(np.array_equal(before[key], after[key]) for key in before),
+        found.append({"applied": result.applied, "loss": agreed.loss_sum, "finite": not np.isnan(agreed.loss_sum), "same": all(np.array_equal(before[key], after[key]) for key in before),
                       "sound": all(np.isfinite(value).all() for value in after.values())})
     engine.close()
     distributed.barrier()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.fabricate import commit_groups
 from tests.engine import work
 from tests.engine.test_pipeline import opened
 
@@ -15,7 +16,7 @@ SLOW = pytest.mark.slow
 def leg(run_dir: str, name: str, stages: int, first: int, last: int, dropout: float) -> list[float]:
     """Open an engine, go on from the checkpoint in `run_dir` when there is one, train steps `first` to `last`, save; the losses."""
     from harness import distributed
-    from harness.checkpoint import commit, read, shelf
+    from harness.checkpoint import read, shelf
     from harness.testing.models import VOCABULARY
     from harness.testing.rows import cut, random_rows
     from harness.world import Grid, World
@@ -33,7 +34,7 @@ def leg(run_dir: str, name: str, stages: int, first: int, last: int, dropout: fl
         distributed.all_reduce_sum(total)
         losses.append(total.item() / batch.trained_tokens)
     fields = {"step": last, "rows_consumed": last * work.ROWS, "data_fingerprint": "x", "engine": engine.name, "parameters": engine.parameters(), "tied": engine.tied()}
-    commit.save(engine.named_slices(), run_dir=Path(run_dir), fields=fields, attempt=1, world=World(rank=distributed.rank(), size=distributed.size()))
+    commit_groups(engine.named_slices(), run_dir=Path(run_dir), fields=fields, attempt=1, world=World(rank=distributed.rank(), size=distributed.size()))
     engine.close()
     distributed.barrier()
     return losses

@@ -9,13 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from harness.checkpoint import commit, shelf
-from harness.errors import Failure
+from harness.checkpoint import shelf
+from harness.checkpoint.disks import Disks
+from harness.config.schema import RunFile
+from harness.errors import Failure, Refused
+from harness.train import compose
 from harness.world import World
-from tests.checkpoint.fabricate import fields, groups, save, state
+from tests.checkpoint.fabricate import commit_groups, fields, groups, save, state
 from tests.end_to_end.faults import assert_same, events, launched, losses, running
 from tests.faults import cases
 from tests.faults.cases import Case, rows
@@ -56,7 +60,7 @@ def test_a_disk_that_becomes_full_while_a_file_is_written(case: Case, measured, 
             yield from whole
 
         def attempt(owned: Iterator) -> Path:
-            return commit.save(owned, run_dir=run_dir, fields=fields(20, SHAPES), attempt=1, world=World())
+            return commit_groups(owned, run_dir=run_dir, fields=fields(20, SHAPES), attempt=1, world=World())
 
         with pytest.raises(Failure, match="step 20 was not saved; the one before it stands.\n.*No space left on device"):
             attempt(filling())
@@ -64,6 +68,21 @@ def test_a_disk_that_becomes_full_while_a_file_is_written(case: Case, measured, 
         assert shelf.newest_good(run_dir)[0][1].step == 10
         (run_dir / "filler").unlink()
         assert shelf.inspect(attempt(groups(tensors, rank=0, ranks=1, shapes=SHAPES)))[1] == []
+
+
+def test_what_a_killed_save_left_takes_no_room_of_the_next_attempt(tmp_path):
+    with disk(tmp_path / "disk", mib=4) as run_dir:
+        folder = save(run_dir, 10)
+        for name in ("step-000020.tmp-1", "step-000005.deleting", "step-000010.fetched"):
+            (folder.parent / name).mkdir()
+            (folder.parent / name / "rank-00000-000.safetensors").write_bytes(bytes(1 << 20))
+        run = RunFile.model_validate({"run_dir": str(run_dir), "data": {"dir": "unused"}, "model": {"path": "unused"}, "train": {"steps": 1}})
+        engine = SimpleNamespace(parameters=lambda: {"w": {"shape": (1 << 16,)}})
+        compose._check_room(run, engine, Disks.shared(World()))
+        assert {path.name for path in folder.parent.iterdir()} == {"latest", "step-000010"}
+        fill(run_dir, but_bytes=1 << 20)
+        with pytest.raises(Refused, match="more checkpoints of 768.0 KiB need"):
+            compose._check_room(run, engine, Disks.shared(World()))
 
 
 @rows(cases.FULL_SAVE, cases.FULL_RUN)

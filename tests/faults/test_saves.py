@@ -12,6 +12,7 @@ import torch
 
 from harness.checkpoint import shelf
 from tests.checkpoint.fabricate import save, state
+from tests.checkpoint.test_commit import newest
 from tests.faults import cases
 from tests.faults.cases import Boundary, rows
 
@@ -64,7 +65,7 @@ def test_a_save_that_dies_anywhere_leaves_one_that_holds(case: Boundary, measure
         count += 1
         run_dir = shutil.copytree(base, tmp_path / f"{count}")
         died = _dies_at(count, case, lambda run_dir=run_dir: _save_and_retain(run_dir, step))
-        found, skipped = shelf.newest_good(run_dir)
+        found, skipped = newest(run_dir)
         assert found is not None and found[1].step in kept, (count, skipped)
         assert not shelf.has_damaged(run_dir), (count, skipped)
         _save_and_retain(run_dir, 50)

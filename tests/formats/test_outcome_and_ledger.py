@@ -8,7 +8,7 @@ import pytest
 
 from harness.formats import ledger
 from harness.formats import manifest
-from harness.formats.manifest import Manifest, ManifestError, ParameterEntry, SliceFile, coverage_problems, read_manifest, write_manifest
+from harness.formats.manifest import LaterVersion, Manifest, ManifestError, ParameterEntry, SliceFile, coverage_problems, read_manifest, write_manifest
 from harness.formats.outcome import Outcome, last_step, read_outcome, write_outcome
 
 
@@ -68,7 +68,7 @@ def test_a_spoilt_manifest_is_told(tmp_path, spoil, told):
 
 def test_a_later_version_is_refused(tmp_path):
     write_manifest(tmp_path, _manifest(version=manifest.VERSION + 1))
-    with pytest.raises(ManifestError, match=f"version {manifest.VERSION + 1}"):
+    with pytest.raises(LaterVersion, match=f"version {manifest.VERSION + 1}"):
         read_manifest(tmp_path)
 
 

@@ -89,5 +89,15 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, holder, monkeypa
     assert not running.is_occupied(tmp_path)
 
 
+def test_a_rank_knows_the_job_of_its_own_rank_0(tmp_path, holder, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "host-0")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    holder(running._machine(), "alive")
+    assert running.is_foreign(tmp_path, main=True) and not running.is_foreign(tmp_path, main=False)
+    monkeypatch.setenv("MASTER_PORT", "1235")
+    assert running.is_foreign(tmp_path, main=False)
+    assert not running.is_foreign(tmp_path / "none", main=True)
+
+
 def test_a_folder_that_is_not_there_is_nobodys(tmp_path: Path):
     assert not running.is_occupied(tmp_path / "none") and not (tmp_path / "none").exists()

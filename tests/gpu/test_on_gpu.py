@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,13 @@ if distributed.rank() == 0:
 engine.close()
 distributed.shutdown()
 """
+
+
+def test_a_rank_that_sees_its_own_gpu_alone_takes_it():
+    """As under `srun --gpus-per-task=1`: the second of its host, and its GPU is the first that it sees."""
+    code = "import os; from harness import distributed, world; print(distributed.init(world.World(local_rank=1), use_gpu=True, timeout_minutes=1), os.environ['LOCAL_RANK'])"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["cuda:0 0"], done.stderr
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])

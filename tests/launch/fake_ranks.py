@@ -33,8 +33,9 @@ number = 0
 while manner in ("work", "hang", "ignore") and (not asked or manner == "ignore"):
     number += 1
     step(number)
-    if manner == "hang" and rank == 1 and number == 30:
+    if manner == "hang" and (number == 30 if rank == 1 else (run_dir / "hung").exists()):  # the other one waits for it
         heartbeat.mark("backward")
+        (run_dir / "hung").touch()
         time.sleep(1000)
 if manner == "work":
     (run_dir / f"asked-{rank}").write_text(str(time.time()))
@@ -61,8 +62,10 @@ folder, manner, silence, slots, number, port = Path(sys.argv[1]), sys.argv[2], f
 starter.LINGER_S, wire.HEARD_S = 1.0, 3.0
 node = job.Node(job.Job((str(folder), manner), tuple(map(int, slots.split(","))), port=port), number, silence_s=silence)
 started = time.time()
-ended = starter.Starter(node, folder, command=(sys.executable, str(folder / "rank.py"))).run()
-sys.exit(verdict.settle(ended, folder, started=started, writes=number == 0))
+own = starter.Starter(node, folder, command=(sys.executable, str(folder / "rank.py")))
+final = verdict.settle(own.run(), folder, started=started, writes=number == 0)
+own.leave(final)
+sys.exit(final.code)
 """
 
 

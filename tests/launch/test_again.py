@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from harness.errors import Refused
 from harness.formats import ledger, outcome
 from harness.formats.outcome import Outcome, read_outcome
 from harness.launch import again, node
+from harness.launch.local import free_port
+from tests.end_to_end.faults import write_run
 
 LAUNCH, START, SAVE = {"kind": "launch", "job": "j"}, {"kind": "start"}, {"kind": "save", "checkpoint": "step-000004"}
 LOST, STOPPED, FINISH = {"kind": "stop", "state": "lost"}, {"kind": "stop", "state": "stopped"}, {"kind": "finish"}
@@ -107,3 +113,16 @@ def test_the_number_of_a_host(slots, environment, number):
             node.node_number(slots, environment)
     else:
         assert node.node_number(slots, environment) == number
+
+
+@pytest.mark.slow
+def test_a_start_in_which_no_peer_came_is_lost_and_does_not_count(tmp_path):
+    lines = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(20)]
+    path = write_run(tmp_path, lines[:16], lines[16:], launch={"ranks": None})
+    for _ in range(2):
+        since, meet = time.time(), f"127.0.0.1:{free_port()}"
+        words = ["--slots", "1,1", "--node", "0", "--meet", meet, "--job", "j", "--restarts", "0", path, "engine.timeout_minutes=0.02"]
+        done = subprocess.run([sys.executable, "-m", "harness.launch.node", *map(str, words)], capture_output=True, text=True, timeout=120)
+        told = outcome.read_outcome(tmp_path / "run")
+        assert (done.returncode, told.state) == (75, "lost") and f"Of 2 ranks only 1 came to {meet} within" in told.reason, (done, told)
+        assert again.after(tmp_path / "run", "j", restarts=0, since=since, code=75) == (True, 75)

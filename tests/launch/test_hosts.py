@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli.main import main
 from harness.config.load import load
 from harness.errors import Refused
 from harness.launch import hostfile, hosts, local, mpi, roll_call
@@ -26,23 +29,42 @@ def _text(commands) -> str:
 def test_the_commands_of_each_form(monkeypatch):
     monkeypatch.setattr("os.getcwd", lambda: "/home/me/project")
     job = Job(WORDS, tuple(TWO.values()), "gpu-a", 20000)
-    values = {"NCCL_DEBUG": "WARN", "PATH": "/env/bin:/usr/bin"}
+    names = ["NCCL_DEBUG", "PATH"]
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     forms = {
         "local": [local.render(ranks=2, port=20000, run_file=WORDS[0], overrides=WORDS[1:])],
-        "ssh": hosts.ssh_commands(job, list(TWO), values, port=2222),
+        "ssh": hosts.ssh_commands(job, list(TWO), port=2222),
         "deepspeed": [hosts.deepspeed_command(job, Path("/runs/a/launch/hostfile"))],
-        "openmpi": [mpi.render("openmpi", ranks=12, hosts="/runs/a/launch/mpi-hosts", values=values, run_file=WORDS[0], overrides=WORDS[1:])],
-        "mpich": [mpi.render("mpich", ranks=12, hosts="/runs/a/launch/mpi-hosts", values=values, run_file=WORDS[0], overrides=WORDS[1:])],
+        "openmpi": [mpi.render("openmpi", ranks=12, hosts="/runs/a/launch/mpi-hosts", names=names, run_file=WORDS[0], overrides=WORDS[1:])],
+        "mpich": [mpi.render("mpich", ranks=12, hosts="/runs/a/launch/mpi-hosts", names=names, run_file=WORDS[0], overrides=WORDS[1:])],
     }
     assert_golden("commands.txt", "".join(f"# {name}\n{_text(commands)}\n" for name, commands in forms.items()))
 
 
-def test_words_survive_the_shell_of_another_host():
+def test_words_and_variables_survive_the_shell_of_another_host():
     """What a shell makes of ssh's last word is what was given."""
-    command = hosts.ssh_commands(Job(WORDS, (1, 1), "h0", 1), ["h0", "h1"], {"A": "b c"}, port=None)[1]
-    shown = subprocess.run(["sh", "-c", command[-1].replace(f"exec env 'A=b c' {sys.executable} -m", "printf '%s\\n'")], capture_output=True, text=True, check=True)
-    assert tuple(shown.stdout.splitlines()[-len(WORDS):]) == WORDS
+    shell = ["sh", "-c", hosts.there(["sh", "-c", 'printf "%s\\n" "$A" "$HF_TOKEN" "$@"; cat', "sh", *WORDS])]
+    values = hosts.lines({"A": "b  c # *", "HF_TOKEN": "a=b"})
+    shown = subprocess.run(shell, input=f"{values}\nthe rest", capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["b  c # *", "a=b", *WORDS, "the rest"]
+    assert not any("HF_TOKEN" in word for command in hosts.ssh_commands(Job(WORDS, (1, 1), "h0", 1), ["h0", "h1"], port=None) for word in command)
+
+
+@pytest.mark.parametrize("words", [["--on", "hosts", "launch.hosts.through=ssh"], ["--on", "hosts", "launch.hosts.through=deepspeed"], ["--on", "mpi"]])
+def test_no_secret_is_shown(tmp_path, repository, monkeypatch, capsys, words):
+    for name in ("pdsh", "mpirun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("h0 slots=1\nh1 slots=1\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "NCCL_NET", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+    run = [str(repository / "launch/runs/medical_qa.yaml"), f"launch.hosts.file={tmp_path / 'hosts'}", f"run_dir={tmp_path / 'run'}", "train.global_batch_rows=8"]
+    assert main(["launch", *run, "--print", *words]) == 0
+    shown = capsys.readouterr().out
+    assert sorted(re.findall(r"value-of-(\w+)", shown)) == ["NCCL_NET", "TOKENIZERS_PARALLELISM"]
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
+        assert re.search(rf"^(export )?{name}=\*\*\*$", shown, re.MULTILINE), shown
 
 
 def test_deepspeed_gets_words_that_its_shell_leaves_alone():
@@ -87,6 +109,26 @@ def test_hosts_are_chosen_by_name(tmp_path):
             hostfile.choose(found, include=include, exclude=exclude, where="")
 
 
+def test_mpi_ranks_meet_on_the_host_where_open_mpi_puts_the_first_one(tmp_path, repository, monkeypatch):
+    """On that where it is started, even if the hostfile names another one first."""
+    (tmp_path / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    loaded = load(repository / "launch/runs/medical_qa.yaml", [f"run_dir={tmp_path}"])
+    for names in (["192.0.2.1", "localhost"], ["localhost", "192.0.2.1"]):
+        plan = mpi.plan(loaded, dict.fromkeys(names, 2), run_file="run.yaml", overrides=[])
+        assert plan.texts[tmp_path / "launch" / "mpi-hosts"] == "localhost slots=2\n192.0.2.1 slots=2\n"
+        assert plan.environment["MASTER_ADDR"] == "localhost" and "MASTER_ADDR" in plan.commands[0]
+
+
+def test_hosts_look_for_operators_of_their_own_processor(repository, monkeypatch):
+    loaded = load(repository / "launch/runs/medical_qa.yaml")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert "TORCH_EXTENSIONS_DIR" not in hosts.variables(loaded)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/shared/operators")
+    assert hosts.variables(loaded)["TORCH_EXTENSIONS_DIR"] == "/shared/operators"
+
+
 def test_no_hostfile_is_refused_and_not_taken_for_this_machine(repository):
     with pytest.raises(Refused, match="launch.hosts.file"):
         hosts.choose(load(repository / "launch/runs/medical_qa.yaml"))
@@ -108,6 +150,12 @@ def test_what_differs_is_named(own, change, problem):
     found = roll_call.problems({"h1": answer, "h2": "No route to host"}, own, slots={"h1": 4, "h2": 4}, needs_gpus=True)
     assert found.pop("h2") == "No route to host"
     assert problem in found.get("h1", "") and bool(found) == bool(problem)
+
+
+def test_without_an_ssh_client_that_is_said(repository, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    told = roll_call.ask(["h1"], str(repository / "launch/runs/medical_qa.yaml"), ssh=("ssh",))
+    assert told == {"h1": "ssh cannot be started here: No such file or directory"}
 
 
 def test_this_host_answers_itself(own, repository):

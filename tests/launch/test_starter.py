@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -64,6 +66,16 @@ def test_an_outcome_of_an_earlier_attempt_is_not_believed(tmp_path):
     assert launches.run(fake_ranks.plan(tmp_path, "crash")).code == 9
 
 
+@pytest.mark.parametrize(("manner", "code", "state"), [("done", 0, "done"), ("refuse", 2, "refused"), ("crash", 9, "failed"), ("killed", 75, "lost")])
+def test_where_the_outcome_is_not_seen_the_code_says_how_it_ended(tmp_path, manner, code, state):
+    """The folder of the run is on the disk of another host."""
+    kill = when(lambda: ups(tmp_path), lambda: manner == "killed" and os.kill(ups(tmp_path)[1]["pid"], signal.SIGKILL))
+    plan = fake_ranks.plan(tmp_path, "ignore" if manner == "killed" else manner)
+    ended = launches.run(replace(plan, run_dir=tmp_path / "elsewhere"))
+    kill.join()
+    assert (ended.code, ended.state) == (code, state) and f"ended with code {code}" in ended.reason, ended
+
+
 def test_a_rank_that_fails_alone_is_heard_and_the_other_is_ended(tmp_path):
     started = time.monotonic()
     ended = launches.run(fake_ranks.plan(tmp_path, "one-fails"))
@@ -101,6 +113,32 @@ def test_a_third_request_kills_ranks_that_do_not_listen(tmp_path):
     assert launches.run(fake_ranks.plan(tmp_path, "ignore")).code == 75
     thread.join()
     assert all_gone(tmp_path)
+
+
+LAUNCHER = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+if len(sys.argv) > 1:
+    rank = subprocess.Popen([sys.executable, __file__], start_new_session=True)
+    open(sys.argv[1], "w").write(str(rank.pid))
+time.sleep(1000)
+"""
+
+
+def test_a_third_request_kills_ranks_under_a_launcher_that_does_not_count(tmp_path):
+    """Such as mpirun, which passes one signal on, to ranks that save and do not hear it again."""
+    script, up = tmp_path / "launcher.py", tmp_path / "up"
+    script.write_text(LAUNCHER)
+
+    def ask_three_times() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    thread = when(lambda: up.is_file() and up.read_text(), ask_three_times)
+    ended = launches.run(launches.LaunchPlan(((sys.executable, str(script), str(up)),), tmp_path, request=signal.SIGUSR1))
+    thread.join()
+    assert (ended.code, ended.state) == (75, "stopped") and stacks.state(int(up.read_text())) in ("", "Z")
 
 
 def test_a_killed_rank_is_seen_and_the_other_ended_within_seconds(tmp_path):
@@ -161,6 +199,14 @@ def test_what_they_leave_behind_in_shared_memory_is_taken_away(tmp_path):
     finally:
         for path in left:
             path.unlink(missing_ok=True)
+
+
+def test_what_is_private_is_read_by_this_user_alone_and_gone_at_the_end(tmp_path):
+    path = tmp_path / "launch" / "environment"
+    code = f"import os, sys; print(oct(os.stat({str(path)!r}).st_mode), open({str(path)!r}).read(), sys.stdin.read(), file=open({str(tmp_path / 'seen')!r}, 'a'))"
+    plan = launches.LaunchPlan(((sys.executable, "-c", code),) * 2, tmp_path, private={path: "HF_TOKEN=a"}, stdin="HF_TOKEN=b\n")
+    assert launches.run(plan).code == 0
+    assert (tmp_path / "seen").read_text().splitlines() == ["0o100600 HF_TOKEN=a HF_TOKEN=b", ""] * 2 and not path.exists()
 
 
 def test_handlers_are_given_back(tmp_path):

@@ -13,10 +13,11 @@ import pytest
 
 from harness.errors import Failure
 from harness.formats.outcome import read_outcome
-from harness.launch import local, wire
+from harness.launch import local, verdict, wire
+from harness.launch import run as launches
 from harness.launch.job import Job
 from tests.launch import fake_ranks
-from tests.launch.test_starter import HOST, all_gone, ups
+from tests.launch.test_starter import HOST, all_gone, ups, when
 
 
 @contextmanager
@@ -81,6 +82,20 @@ def test_ranks_that_end_well_on_one_host_after_the_other_are_no_loss(tmp_path):
     assert read_outcome(tmp_path).state == "stopped"
 
 
+def test_what_launched_the_job_hears_how_it_ended_although_it_does_not_see_the_folder_of_the_run(tmp_path):
+    port = local.free_port()
+    plans = [fake_ranks.plan(tmp_path, "ignore", slots="1,1", node=node, port=port) for node in range(2)]
+    kill = when(lambda: ups(tmp_path), lambda: (time.sleep(2.5), os.kill(ups(tmp_path)[1]["pid"], signal.SIGKILL)))
+    job = Job((str(tmp_path), "ignore"), (1, 1), port=port)
+    told = launches.run(launches.LaunchPlan(tuple(plan.commands[0] for plan in plans), tmp_path / "elsewhere", job=job))
+    kill.join()
+    assert (told.state, told.code, told.attempt) == ("lost", 75, 1) and told.reason.startswith(f"Rank 1 on {HOST} was ended by SIGKILL"), told
+
+
+def test_a_host_with_a_disk_of_its_own_does_not_fail_a_job_that_is_done(tmp_path):
+    assert verdict.settle(verdict.Ended(False, None), tmp_path, started=time.time(), writes=False).code == 0
+
+
 def test_strangers_and_starters_of_another_job_are_not_let_in():
     port = local.free_port()
     jobs = {word: Job((word,), (1, 1), port=port) for word in "abc"}
@@ -98,6 +113,20 @@ def test_strangers_and_starters_of_another_job_are_not_let_in():
         wire.Wire(0, jobs["c"])
     for one in (own, other, first, stranger):
         one.close()
+
+
+@pytest.mark.parametrize("master", ["127.0.0.1", "::1"])
+def test_starters_meet_over_either_ip(master):
+    if ":" in master and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    job = Job((), (1, 1), master, local.free_port())
+    first, own = (wire.Wire(node, job) for node in range(2))
+    own.receive()
+    own.send({"kind": "beats"})
+    time.sleep(0.2)
+    assert [message["kind"] for _, message in first.receive() + first.receive()] == ["beats"]
+    first.close()
+    own.close()
 
 
 def test_a_broken_connection_is_made_anew(monkeypatch):

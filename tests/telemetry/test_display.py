@@ -28,3 +28,15 @@ def test_the_first_step_tells_nothing_of_the_others(clock, monkeypatch):
     assert lines[0] == "step 21/100  loss 2.0000  9 tokens/s" and lines[-1] == "step 100/100  loss 2.0000  9 tokens/s"
     assert len(lines) == 9, lines
     assert [re.search(r"tokens/s  (.+) left$", line)[1] for line in lines[1:3]] == ["1:09", "59 s"]
+
+
+def test_a_line_tells_what_is_known(monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(display, "say", lines.append)
+    values = {"train/loss": 2.0, "optim/lr": 5e-5, "optim/grad_norm": 1.25, "speed/tokens_per_second": 2036.0}
+    display.Display(1, done=0).step(1, values)
+    display.Display(1, done=0).step(1, values | {"speed/mfu": 0.357, "memory/device_peak_bytes": 12.7 * 2**30})
+    assert lines == [
+        "step 1/1  loss 2.0000  lr 5e-05  gradient norm 1.25  2,036 tokens/s",
+        "step 1/1  loss 2.0000  lr 5e-05  gradient norm 1.25  2,036 tokens/s  MFU 35.7%  GPU 12.7 GiB",
+    ]

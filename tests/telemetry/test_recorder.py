@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,6 +59,42 @@ def test_a_resumed_attempt_replaces_what_it_does_again(tmp_path):
     second.close()
     assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
     assert [(e.step, e.value) for e in _board(tmp_path).Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+
+
+def test_an_attempt_that_begins_anew_replaces_all(tmp_path):
+    first = _recorder(tmp_path)
+    first.evaluation(0, {"eval/loss": 9.0}, rows=0)
+    for step in range(1, 4):
+        first.step(step, _step(float(step)), rows=step)
+    first.close()
+    second = _recorder(tmp_path, attempt=2)
+    second.evaluation(0, {"eval/loss": 9.0}, rows=0)
+    second.step(1, _step(1.0), rows=1)
+    second.close()
+    board = _board(tmp_path)
+    assert [event.step for event in board.Scalars("train/loss")] == [1] and [event.step for event in board.Scalars("eval/loss")] == [0]
+
+
+def test_a_step_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
+    """And its numbers are one event, for each of which TensorBoard opens the file anew."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    recorder, append = _recorder(tmp_path), LocalFileSystem.append
+
+    def slowly(*arguments: object) -> None:
+        time.sleep(0.03)
+        append(*arguments)
+
+    monkeypatch.setattr(LocalFileSystem, "append", slowly)
+    started = time.perf_counter()
+    for step in range(1, 31):
+        recorder.step(step, _step(float(step)), rows=step)
+    assert time.perf_counter() - started < 0.5
+    recorder.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    events = [event for event in LegacyEventFileLoader(str(path)).Load() if event.step]
+    assert [event.step for event in events] == list(range(1, 31)) and {len(event.summary.value) for event in events} == {3}
 
 
 def test_a_rollback_takes_steps_back_until_they_are_done_again(tmp_path):

@@ -13,6 +13,7 @@ from harness.data import prepare as module
 from harness.data.loader import TokenReader, TrainLoader
 from harness.data.sets import open_data
 from harness.errors import Refused
+from harness.testing.pool import RankFailure
 from harness.train.changes import FILE, Changes, describe
 from harness.train.progress import Progress
 from tests.data.conftest import make_run, write_pairs
@@ -31,7 +32,7 @@ def run(tmp_path, monkeypatch) -> RunFile:
 
 def checkpoint(run: RunFile, *, rows: int) -> tuple:
     data = open_data(run)
-    files.write_json(run.run_path / FILE, data.facts())
+    Changes.since(run, data, None).accept(Progress())
     return run.run_path / "checkpoints" / "step-000004", SimpleNamespace(data_fingerprint=data.train.fingerprint, state={"rows": rows, "first_row": 0})
 
 
@@ -67,6 +68,7 @@ def test_appended_data_go_on_on_request_alone_and_from_a_new_epoch(run, tmp_path
     more = {"train": facts["train"] | {"rows": facts["train"]["rows"] + 7, "shards": facts["train"]["shards"] | {"shard-00099": "x"}, "fingerprint": "y"}}
     found = checkpoint(run, rows=16)
     found[1].data_fingerprint = "before"
+    files.write_json(run.run_path / FILE, facts)  # as before version 2
     data = SimpleNamespace(facts=lambda: more, train=SimpleNamespace(is_whole=True, fingerprint="now"))
     with pytest.raises(Refused, match=r"(?s)had \d+ shards and has .*accept_appended=true"):
         Changes.since(run, data, found)
@@ -74,12 +76,49 @@ def test_appended_data_go_on_on_request_alone_and_from_a_new_epoch(run, tmp_path
     assert changes.appended == "1 shards and 7 rows more in train" and changes.first_row(found) == 16
     progress = Progress(step=4, rows=16)
     changes.accept(progress)
-    assert progress.first_row == 16 and files.read_json(run.run_path / FILE) == more
+    assert progress.first_row == 16 and files.read_json(run.run_path / FILE) == {"version": 2, "known": {"before": facts, "now": more}}
+    assert Changes.since(again(run, accept_appended=True), data, found).appended == changes.appended, "no checkpoint of the new rows was saved"
     table = open_data(run).train
     order = table.order(seed=0, window_shards=2)
     loader = TrainLoader(table, order, dp_rank=0, dp_size=1, micro_batch=4, global_rows=4, start=16, first_row=progress.first_row)
     reader = TokenReader(table)
     assert np.array_equal(loader.global_batch(reader, 16).micro_batches[0].tokens, reader.batch(order.rows(0, 4), first_row=0).tokens)
+
+
+def goes_on(run: RunFile, places: list[str]) -> tuple[str, int]:
+    """Each rank has a disk of its own, and rank 0 alone the record of a run whose checkpoint knew fewer shards."""
+    from harness import distributed
+
+    mine = again(run, accept_appended=True).model_copy(update={"run_dir": places[distributed.rank()]})
+    data = open_data(run)
+    facts = data.facts()
+    found = mine.run_path / "checkpoints" / "step-000004", SimpleNamespace(data_fingerprint="before", state={"rows": 16, "first_row": 0})
+    before = {"train": facts["train"] | {"rows": facts["train"]["rows"] - 1, "shards": dict(list(facts["train"]["shards"].items())[:-1])}}
+    if distributed.rank() == 0:
+        files.write_json(mine.run_path / FILE, {"version": 2, "known": {"before": before}})
+    changes = Changes.since(mine, data, found)
+    changes.accept(Progress(step=4, rows=16))
+    return changes.appended, changes.first_row(found)
+
+
+def test_ranks_without_the_record_follow_rank_0(ranks2, run, tmp_path):
+    places = [tmp_path / "h0", tmp_path / "h1"]
+    for place in places:
+        place.mkdir()
+    assert ranks2.run(goes_on, run, list(map(str, places))) == [("1 shards and 1 rows more in train", 16)] * 2
+    assert [(place / FILE).exists() for place in places] == [True, False]
+
+
+def other_data(run: RunFile) -> None:
+    from harness import distributed
+
+    table = SimpleNamespace(fingerprint=f"of rank {distributed.rank()}", is_whole=False)
+    Changes.since(run, SimpleNamespace(train=table), None)
+
+
+def test_ranks_with_different_data_are_refused(ranks2, run):
+    with pytest.raises(RankFailure, match="Rank 1 has other training data than rank 0"):
+        ranks2.run(other_data, run)
 
 
 def test_sets_that_came_and_went_are_named():

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import torch
 
 from harness.checkpoint import commit, shelf
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.read import SliceReader
 from harness.config.schema import RunFile
 from harness.errors import Failure, StopRequested
 from harness.files import digest_file
@@ -61,7 +63,7 @@ class Rows:
         before: what happens before a step.
     """
 
-    error, wait_seconds = None, 0.0
+    error, wait_seconds, global_rows = None, 0.0, work.ROWS
 
     def __init__(self, witness: Witness, before: Callable[[int], None]):
         self.witness, self.before, self.table = witness, before, witness.data.train
@@ -335,6 +337,31 @@ def test_a_stop_that_leaves_no_time_saves_nothing_and_says_what_stands(base, ran
     assert shelf.committed(tmp_path / "run")[0][0] == steps[-1]
 
 
+def cost(base: str, run_dir: str) -> tuple[float, float]:
+    """A checkpoint that is waited for as soon as it has begun: the seconds that it took, and what the saver makes of them."""
+    def slowly(original: Any, *args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    trainer = train(base, run_dir, 1, every_steps=1)
+    trainer.progress.step = 1
+    started = time.perf_counter()
+    with Patched(slowly):
+        trainer.saver.save(trainer.progress, {}, last=False)
+        trainer.saver.finish()
+    seconds = time.perf_counter() - started
+    close(trainer)
+    return seconds, trainer.saver._last_cost_s
+
+
+def test_what_is_waited_for_counts_once(base, ranks1, tmp_path):
+    """In the time that a checkpoint is said to take, by which the last one before an end is left out."""
+    ((seconds, counted),) = ranks1.run(cost, str(base), str(tmp_path / "run"))
+    assert seconds >= 0.5 and counted == pytest.approx(seconds, abs=0.2)
+    (event,) = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
+    assert event["seconds"] == pytest.approx(counted, abs=1e-3) and event["stall_seconds"] <= event["seconds"]
+
+
 def short_of_memory(base: str, run_dir: str) -> bool:
     from harness import memory
 
@@ -369,3 +396,54 @@ def test_where_the_copy_does_not_fit_training_waits(base, ranks2, tmp_path):
     assert ranks2.run(short_of_memory, str(base), str(tmp_path / "run")) == [False, False]
     saves = [event for event in ledger.read(tmp_path / "run") if event["kind"] == "save"]
     assert [event["step"] for event in saves] == [2, 4] and all(event["seconds"] == event["stall_seconds"] for event in saves)
+
+
+def outlasts(base: str, run_dir: str, seconds: float) -> int:
+    """What one rank alone reads and writes takes longer than the ranks wait for each other in a collective."""
+    from datetime import timedelta
+
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from harness import distributed
+    from harness.checkpoint import resume
+    from harness.checkpoint.disks import Disks
+    from harness.world import World
+
+    def slowly(original: Any, *args: Any) -> Any:
+        if distributed.rank() == 1 or args[0].name.startswith("rank-00001"):
+            time.sleep(seconds)
+        return original(*args)
+
+    trainer = train(base, run_dir, 2, keep_best=False)
+    _set_pg_timeout(timedelta(seconds=0.6 * seconds))
+    with Patched(slowly):
+        trainer.fit()
+    close(trainer)
+    with mock.patch.object(shelf, "digest_file", partial(slowly, shelf.digest_file)):
+        found = resume.newest(Path(run_dir), Disks.shared(World(rank=distributed.rank(), size=2)), tell=print)
+    _set_pg_timeout(timedelta(minutes=3))
+    assert found is not None
+    return found[1].step
+
+
+@SLOW
+def test_no_wait_in_a_collective_bounds_what_one_rank_reads_or_writes(base, ranks2, tmp_path):
+    assert ranks2.run(outlasts, str(base), str(tmp_path / "run"), 5.0) == [2, 2]
+
+
+def counts_steps(base: str, run_dir: str) -> None:
+    """The model keeps the number of the step that it is in, as models keep running means."""
+
+    def before(step: int) -> None:
+        trainer.engine.model.get_buffer("seen").fill_(step)
+
+    trainer = train(base, run_dir, 4, before, every_steps=2)
+    trainer.engine.model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    trainer.fit()
+    close(trainer)
+
+
+def test_a_checkpoint_has_the_buffers_of_its_step(base, ranks2, tmp_path):
+    ranks2.run(counts_steps, str(base), str(tmp_path / "run"))
+    found = {step: SliceReader(folder, read_manifest(folder)).buffers() for step, folder in shelf.committed(tmp_path / "run")}
+    assert found == {4: {"seen": 4}, 2: {"seen": 2}}

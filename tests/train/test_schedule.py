@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from harness.config.schema import Optimizer
+from harness.train.course import build_schedule
 from harness.train.schedule import Schedule
+from tests.engine import work
 
 
 def _reference(kind: str, total: int, warmup: int) -> list[float]:
@@ -41,3 +44,13 @@ def test_stable_then_decay():
     assert schedule.lr(81) == 1.0
     assert schedule.lr(91) == pytest.approx(0.1 + 0.9 * 0.5)
     assert all(schedule.lr(s) >= schedule.lr(s + 1) for s in range(80, 100))
+
+
+def test_a_fall_begins_after_the_warm_up():
+    """Whatever its default, where few steps are left; the rate never jumps."""
+    run = work.run_file().model_copy(update={"optimizer": Optimizer(lr=1.0, schedule="warmup_stable_decay", warmup_steps=19)})
+    schedule = build_schedule(run, steps=20, rows_per_epoch=0, batch_rows=1)
+    assert schedule.lr(19) == schedule.lr(20) == 1.0
+    run = run.model_copy(update={"optimizer": Optimizer(lr=1.0, schedule="warmup_stable_decay", warmup_epochs=1.0, decay_steps=15)})
+    schedule = build_schedule(run, steps=20, rows_per_epoch=10, batch_rows=1)
+    assert [round(schedule.lr(step), 3) for step in (9, 10, 11, 12, 20)] == [0.9, 1.0, 1.0, 0.9, 0.1]
