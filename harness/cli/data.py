@@ -54,11 +54,11 @@ def _show(provenance: Provenance, arguments: argparse.Namespace, *, trust_code: 
         for number, piece in enumerate(row.pieces):
             own = (str(row.row), str(row.epoch)) if number == 0 else ("", "")
             table.add_row(*own, f"{Path(piece.file).name}:{piece.source_row}", f"{piece.shard}:{piece.document}", f"{piece.start} to {piece.stop}", piece.text)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _where(provenance: Provenance, arguments: argparse.Namespace) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for epoch, position, step in provenance.steps_of_row(arguments.row):
         place = f"position {position:,}, " if position is not None else ""
         told = f"trained in step {step}" if step is not None else "not reached yet" if position is not None else "never reached: the set is used up before"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from harness import world
 from harness.errors import EXIT_DONE, CheckFailed, HarnessError, Refused
@@ -68,13 +69,6 @@ def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
     for hosts, finding in diagnosis.rows():
         colour = _COLOURS[finding.state]
         remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
-        cells = [_plain(hosts)] if several else []
-        table.add_row(f"[{colour}]{finding.state}[/]", *cells, finding.name, _plain(finding.what + remedy))
+        cells = [Text(hosts)] if several else []
+        table.add_row(Text(finding.state, style=colour), *cells, finding.name, Text(finding.what + remedy))
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    """Text whose square brackets are no markup."""
-    from rich.markup import escape
-
-    return escape(text)

@@ -28,11 +28,13 @@ def _from_here(arguments: argparse.Namespace, loaded: Loaded) -> int:
     from harness.formats.running import refuse_occupied
     from harness.preflight import machine
     from harness.supervise import relaunch
+    from harness.train.attempt import check_same_run
 
     if arguments.print_only:
         _show(_plan(loaded, arguments))
         return EXIT_DONE
     refuse_occupied(loaded.run.run_path)
+    check_same_run(loaded)
     if arguments.on == "local":
         machine.refuse_unfit(loaded)
     return relaunch.launch(lambda: _plan(loaded, arguments), run_dir=loaded.run.run_path, restarts=loaded.run.launch.restarts).code
@@ -41,6 +43,7 @@ def _from_here(arguments: argparse.Namespace, loaded: Loaded) -> int:
 def _slurm(arguments: argparse.Namespace, loaded: Loaded) -> int:
     from harness.launch import slurm
     from harness.supervise import slurm as jobs
+    from harness.train.attempt import check_same_run
 
     plan = slurm.plan(loaded, run_file=arguments.run_file, overrides=arguments.overrides, folder=Path.cwd())
     rules.check(loaded, ranks=sum(plan.slots), has_gpu=plan.uses_gpus, here=False)
@@ -48,6 +51,7 @@ def _slurm(arguments: argparse.Namespace, loaded: Loaded) -> int:
     if arguments.print_only:
         print(script, end="")
         return EXIT_DONE
+    check_same_run(loaded)
     return jobs.wait(jobs.submit(script, Path(plan.run_dir)), show_log=arguments.follow)
 
 

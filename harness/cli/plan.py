@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.config.batch import batch_equation
 from harness.config.deepspeed import merge
@@ -18,6 +19,7 @@ from harness.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from harness.config.batch import BatchEquation
+    from harness.data.sets import RunData
     from harness.preflight.stages import StagePlan
 
 
@@ -29,12 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     from harness.preflight.check import check
     from harness.preflight.memory import plan_memory
     from harness.preflight.stages import plan_stages
+    from harness.train.attempt import check_same_run
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loaded = load(arguments.run_file, arguments.overrides)
     gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
     ranks = arguments.ranks or loaded.run.launch.ranks or max(1, gpus)
-    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0)
+    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0, makes=False)
+    check_same_run(loaded)
     stages = loaded.run.engine.pipeline_stages
     batch = batch_equation(loaded, ranks // stages)
     ds_config = merge(loaded, batch)
@@ -44,13 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
         max((stage.parameters for stage in cut), default=parameters), ds_config, precision=loaded.run.train.precision, ranks=batch.ranks,
         local_ranks=min(ranks, max(1, gpus or ranks)), all_parameters=parameters,
     )
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")
     table.add_row("batch", batch.text())
     table.add_row("model", f"{facts['config'].model_type}, {format_count(parameters)} parameters")
-    for name, rows in {"train": facts["data"].train, **{f"validation {name}".strip(): rows for name, rows in facts["data"].validation.items()}}.items():
-        table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
-    table.add_row("template", facts["data"].template.told)
+    _add_data(table, facts["data"])
     table.add_row("states on each device", format_bytes(memory.device))
     table.add_row("states on each host", format_bytes(memory.host))
     table.add_row("states on each NVMe", format_bytes(memory.nvme))
@@ -65,6 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _add_data(table: Table, data: RunData | None) -> None:
+    if data is None:
+        table.add_row("rows", "not prepared yet, or with other settings: harness prepare makes them")
+        return
+    for name, rows in {"train": data.train, **{f"validation {name}".strip(): rows for name, rows in data.validation.items()}}.items():
+        table.add_row(f"rows of {name}", f"{rows.num_rows:,}, {rows.filled_share:.1%} filled")
+    table.add_row("template", data.template.told)
+
+
 def _show_stages(console: Console, cut: list[StagePlan], batch: BatchEquation) -> None:
     from harness.preflight.stages import bubble, warnings
 
@@ -77,4 +88,4 @@ def _show_stages(console: Console, cut: list[StagePlan], batch: BatchEquation) -
     share = bubble(batch.stages, batch.accumulation)
     console.print(f"waiting, with equal stages: ({batch.stages} - 1) / ({batch.accumulation} + {batch.stages} - 1) = {share:.1%} of a step", highlight=False)
     for warning in warnings(cut):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))

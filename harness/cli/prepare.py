@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 
 from rich.console import Console
 
+from harness.config import rules
 from harness.config.load import load
 from harness.errors import EXIT_DONE, Refused
 
@@ -22,14 +23,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, executor: Executor | None) -> int:
-    from harness.data.prepare import prepare
+    from harness.data import in_use
+    from harness.data.prepare import prepare, prepared_index
 
     loaded = load(arguments.run_file, arguments.overrides)
     for key in ("train", "dir"):
         if getattr(loaded.run.data, key) is None:
             given = f"data.sets ({loaded.origin('data.sets')})" if loaded.run.data.sets else f"data ({loaded.origin('data')})"
             raise Refused(f"There is nothing to prepare: `data.{key}` is not set.", where=given, remedy="Set `data.train` to raw sources and `data.dir` to a folder.")
+    rules.check_data(loaded)
+    if prepared_index(loaded.run) is None:
+        in_use.refuse_replacing(loaded.run.data, where=f"data.dir ({loaded.origin('data.dir')})")
     audit = prepare(loaded.run, executor=executor)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(audit.render(console))
     return EXIT_DONE

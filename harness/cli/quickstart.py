@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.config.load import Loaded, load
 from harness.errors import Failure, HarnessError, Refused
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _quickstart(arguments.dir, ENGINES[arguments.engine], console)
     except HarnessError as error:
-        console.print(f"[red]quickstart:[/] {error}", highlight=False)
+        console.print(Text.assemble(("quickstart:", "red"), f" {error}"))
         return error.exit_code
 
 
@@ -160,7 +161,7 @@ def _answer(loaded: Loaded, exported: Path, console: Console) -> None:
 
     generator = Generator.load(exported)
     for question in held_out_questions(loaded.run, count=3):
-        console.print(f"[bold]{question}[/]\n  {generator.answer(question, max_new_tokens=40)}", highlight=False)
+        console.print(Text.assemble((question, "bold"), f"\n  {generator.answer(question, max_new_tokens=40)}"))
 
 
 def _evaluations(loaded: Loaded) -> list[dict[str, Any]]:
@@ -191,11 +192,11 @@ def _table(console: Console, clock: Clock, pretrain: Loaded, finetune: Loaded, e
     times.add_row("all", format_seconds(sum(clock.seconds.values())))
     console.print(results)
     console.print(times)
-    console.print(f"TensorBoard:  tensorboard --logdir {exported.parent}", highlight=False)
+    console.print(f"TensorBoard:  tensorboard --logdir {exported.parent}", highlight=False, markup=False)
     activate = Path(sys.prefix) / "bin" / "activate"
     if activate.is_file():
-        console.print(f"Try it:       source {os.path.relpath(activate)}", highlight=False, soft_wrap=True)
-    console.print(f"{'' if activate.is_file() else 'Try it:':14}harness generate {exported} --prompt 'What does `shutil.copytree` do?'", highlight=False, soft_wrap=True)
+        console.print(f"Try it:       source {os.path.relpath(activate)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{'' if activate.is_file() else 'Try it:':14}harness generate {exported} --prompt 'What does `shutil.copytree` do?'", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(summaries: list[Summary]) -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
     if len(summaries) == 1:
         (one,) = summaries
         console.print(_facts(summaries), _time(one.time), _starts(one.time), sep="\n")

@@ -54,8 +54,8 @@ def _train(loaded: Loaded, world: World) -> int:
     try:
         use_gpu = _use_gpu(loaded)
         if world.is_main:
-            _preflight(loaded, world, use_gpu)
             check_same_run(loaded)
+            _preflight(loaded, world, use_gpu)
             running.hold(loaded.run.run_path)
             attempt = Attempt.begin(loaded)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -18,6 +19,22 @@ from harness.errors import Refused
 SIMILAR = 0.6
 """From which likeness on, as difflib has it, a name may be a slip for another."""
 LISTED_PLACES = 3
+
+
+NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0b[01]+|0x[0-9a-fA-F]+)")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 010, 12:00:00 and 2024-01-02 are text: it takes them for an octal number, for seconds and for a date."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: (loader.construct_yaml_int if NUMBER.fullmatch(node.value) else loader.construct_yaml_str)(node)
+)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float", lambda loader, node: (loader.construct_yaml_str if ":" in node.value else loader.construct_yaml_float)(node)
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise Refused(f"There is no run file {path}.", where=str(path), remedy="Give the path of a YAML run file; examples stand in launch/runs/.")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
         tree = yaml.compose(text)
     except UnicodeDecodeError as error:
         raise Refused("The run file is not UTF-8.", where=f"{path}, byte {error.start}", remedy="Save it as UTF-8.") from None
@@ -100,7 +117,7 @@ def _override(values: dict[str, Any], origins: dict[str, str], word: str) -> Non
     if not equals or not key:
         raise Refused(f"`{word}` is not an override.", where="command line", remedy="Write it as key.path=value, such as train.steps=100.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise Refused(f"The value of `{key}` is not valid YAML: {text}", where="command line", remedy="Quote it.") from None
     *parents, last = key.split(".")

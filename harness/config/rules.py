@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from harness.config.batch import batch_equation
 from harness.config.deepspeed import offload_device, read_deepspeed, zero
 from harness.config.load import Loaded
 from harness.errors import Refused
+
+PLACEHOLDER = re.compile(r"(?<![\w{])\{[A-Za-z_]\w*\}(?!\})")
 
 
 def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True) -> None:
@@ -25,14 +28,8 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True) -> No
         Refused: with the first rule that is broken.
     """
     _one_of(loaded, "model", ("path", "architecture"))
-    _one_of(loaded, "data", ("train", "sets"))
-    _sets(loaded)
-    if loaded.run.data.train is not None:
-        _one_of(loaded, "data.train", ("path", "hub", "builtin"))
-    if loaded.run.data.validation is not None:
-        _one_of(loaded, "data.validation", ("path", "hub", "builtin"))
+    check_data(loaded)
     _one_of(loaded, "train", ("steps", "epochs"))
-    _tokenizer(loaded)
     _world(loaded, ranks)
     batch_equation(loaded, ranks // loaded.run.engine.pipeline_stages or 1)
     _schedule(loaded)
@@ -43,6 +40,22 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True) -> No
     _precision(loaded, has_gpu)
     if here:
         _run_dir(loaded)
+
+
+def check_data(loaded: Loaded) -> None:
+    """Those of the section `data`.
+
+    Raises:
+        Refused: with the first rule that is broken.
+    """
+    _one_of(loaded, "data", ("train", "sets"))
+    _sets(loaded)
+    for key in ("train", "validation"):
+        if getattr(loaded.run.data, key) is not None:
+            _source(loaded, key)
+    _tokenizer(loaded)
+    if loaded.run.data.shape == "prompt_completion":
+        _template(loaded)
 
 
 def _one_of(loaded: Loaded, section: str, names: tuple[str, ...]) -> None:
@@ -69,6 +82,23 @@ def _sets(loaded: Loaded) -> None:
         if getattr(data, key) is not None:
             raise Refused(f"`data.sets` and `data.{key}` are both set: prepared sets bring their own.", where=f"data.{key} ({loaded.origin(f'data.{key}')})",
                           remedy=f"Remove `data.{key}` (an override `data.{key}=null` does).")
+
+
+def _source(loaded: Loaded, key: str) -> None:
+    _one_of(loaded, f"data.{key}", ("path", "hub", "builtin"))
+    if getattr(loaded.run.data, key).path in ("", []):
+        raise Refused(f"`data.{key}.path` names no file.", where=f"data.{key}.path ({loaded.origin(f'data.{key}.path')})", remedy="Give a file, a list of files or a glob.")
+
+
+def _template(loaded: Loaded) -> None:
+    """Each part holds its own placeholder and no other; the braces of LaTeX's `\\boxed{answer}` are text."""
+    for part in ("prompt", "completion"):
+        key, own = f"data.template.{part}", f"{{{part}}}"
+        text = getattr(loaded.run.data.template, part)
+        other = next((found for found in PLACEHOLDER.findall(text) if found != own), None)
+        if own not in text or other:
+            problem = f"`{key}` holds {other}, which stands for nothing" if other else f"`{key}` does not hold {own}, so every row would read the same"
+            raise Refused(f"{problem}.", where=f"{key} ({loaded.origin(key)})", remedy=f"Write {own} where the column named by `data.columns.{part}` is to stand.")
 
 
 def _tokenizer(loaded: Loaded) -> None:

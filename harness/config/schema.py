@@ -5,13 +5,16 @@ A field is `free` when it may change between the attempts of one run, and `fixed
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which `~` is the home folder, or what may stand instead of one: a name, a URL."""
 
 
 def fixed(default: Any = ..., **kwargs: Any) -> Any:
@@ -33,14 +36,14 @@ class Section(BaseModel):
 class Source(Section):
     """Where raw examples come from. Exactly one of `path`, `hub` and `builtin` is set."""
 
-    path: str | list[str] | None = fixed(None, description="A file, a list of files or a glob.")
+    path: Place | list[Place] | None = fixed(None, description="A file, a list of files or a glob, in which `**` goes through all folders below.")
     hub: str | None = fixed(None, description="A data set on the Hugging Face hub, by name (needs a network).")
     builtin: Literal["python-prose", "python-qa"] | None = fixed(
         None, description="Text that every Python installation carries: the language reference, or questions about the library."
     )
     split: str = fixed("train", description="The split of a hub data set.")
     format: Literal["jsonl", "csv", "parquet", "text"] | None = fixed(
-        None, description="The format of the files; by default from their suffix."
+        None, description="The format of all files; by default that of each from its suffix."
     )
     encoding: str = fixed("utf-8", description="Text encoding of the files.")
     max_rows: Positive | None = fixed(None, description="Take only the first rows.")
@@ -57,7 +60,7 @@ class Columns(Section):
 
 
 class TemplateSpec(Section):
-    """How an example becomes text. `{prompt}` and `{completion}` stand for the columns."""
+    """How an example becomes text. `{prompt}` and `{completion}` stand for the columns, each in its part; no other name does."""
 
     name: str = fixed("plain", description="A name that is kept in the index and the export.")
     prompt: str = fixed("{prompt}\n", description="Text before the trained part.")
@@ -73,7 +76,7 @@ class Bpe(Section):
 class SetSpec(Section):
     """A prepared set in a mixture."""
 
-    dir: str = free(description="Folder or URL that `harness prepare` filled: `train/`, `validation/` and `tokenizer/` below it.")
+    dir: Place = free(description="Folder or URL that `harness prepare` filled: `train/`, `validation/` and `tokenizer/` below it.")
     weight: Annotated[float, Field(gt=0)] = fixed(1.0, description="Share of the rows, in proportion to the other weights.")
     max_epochs: Annotated[float, Field(gt=0)] | None = fixed(None, description="Passes after which the set is used up; the others go on.")
 
@@ -81,12 +84,12 @@ class SetSpec(Section):
 class Data(Section):
     """What to train on: raw sources, their shape, and the folder of shards made from them; or prepared sets."""
 
-    dir: str | None = free(None, description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
+    dir: Place | None = free(None, description="Folder of the prepared shard sets: `train/` and `validation/` below it.")
     train: Source | None = fixed(None, description="Source of the training examples.")
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], SetSpec] | None = free(
         None, description="Prepared sets by name, mixed by weight, instead of `train`; each is evaluated apart."
     )
-    cache_dir: str | None = free(None, description="Folder on a local disk for files of remote sets; by default ~/.cache/harness.")
+    cache_dir: Place | None = free(None, description="Folder on a local disk for files of remote sets; by default ~/.cache/harness.")
     cache_gib: Annotated[float, Field(gt=0)] = free(50.0, description="The most that files of remote sets may take there, in GiB.")
     validation: Source | None = fixed(None, description="Source of the validation examples; by default a share of `train`.")
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = fixed(
@@ -95,7 +98,7 @@ class Data(Section):
     shape: Literal["text", "prompt_completion", "messages"] = fixed("text", description="What one example is.")
     columns: Columns = fixed(Columns())
     template: TemplateSpec = fixed(TemplateSpec(), description="Used with `shape: prompt_completion`.")
-    tokenizer: str | None = fixed(None, description="Folder or hub name; by default that of `model.path`.")
+    tokenizer: Place | None = fixed(None, description="Folder or hub name; by default that of `model.path`.")
     train_tokenizer: Bpe | None = fixed(None, description="Train a byte-level BPE instead, kept in `dir/tokenizer`.")
     sequence_length: Annotated[int, Field(ge=8)] = fixed(1024, description="Tokens in a row.")
     packing: Literal["none", "best_fit"] = fixed("best_fit", description="One document a row, or several packed into it.")
@@ -114,7 +117,7 @@ class Data(Section):
 class Model(Section):
     """The model to start from. Exactly one of `path` and `architecture` is set."""
 
-    path: str | None = fixed(None, description="Folder or hub name of a pretrained causal language model.")
+    path: Place | None = fixed(None, description="Folder or hub name of a pretrained causal language model.")
     architecture: dict[str, Any] | None = fixed(
         None, description="From scratch: `model_type` and the fields of its transformers configuration."
     )
@@ -168,12 +171,12 @@ class Optimizer(Section):
 class Engine(Section):
     """Which DeepSpeed configuration, and what belongs to the machine."""
 
-    deepspeed: str = free("zero3", description="A name in `ds_configs/` or the path of a JSON file.")
+    deepspeed: Place = free("zero3", description="A name in `ds_configs/` or the path of a JSON file.")
     pipeline_stages: Positive = free(1, description="Stages of the pipeline engine; 1 is the ZeRO engine.")
     partition: Literal["flops", "parameters", "time"] = free(
         "flops", description="What the stages share evenly: operations, parameters, or time measured on rank 0 at the start."
     )
-    nvme_dir: str | None = free(None, description="Folder on a local NVMe; run, host and rank are added.")
+    nvme_dir: Place | None = free(None, description="Folder on a local NVMe; run, host and rank are added.")
     device: Literal["auto", "cuda", "cpu"] = free("auto", description="`cpu` trains without a GPU and asks for no warning.")
     timeout_minutes: Annotated[float, Field(gt=0)] = free(10.0, description="Longest wait in a collective.")
 
@@ -209,7 +212,7 @@ class Slurm(Section):
     nodes: Positive = free(1, description="Nodes.")
     ranks_per_node: Positive = free(1, description="Ranks of each node, with a GPU each unless `engine.device` is cpu.")
     partition: str | None = free(None)
-    time: str | None = free(None, description="Time limit as sbatch takes it, such as 12:00:00 (quoted) or 1-0; by default the partition's.")
+    time: str | None = free(None, description="Time limit as sbatch takes it, such as 12:00:00 or 1-0; by default the partition's.")
     account: str | None = free(None)
     qos: str | None = free(None)
     cpus_per_node: Positive | None = free(None, description="Cores of each node; by default whole nodes.")
@@ -252,7 +255,7 @@ class Kubernetes(Section):
 class Hosts(Section):
     """Hosts that are reached over ssh, for `--on hosts` and `--on mpi`."""
 
-    file: str | None = free(None, description="A hostfile: a line a host, `HOST slots=N`, N its ranks.")
+    file: Place | None = free(None, description="A hostfile: a line a host, `HOST slots=N`, N its ranks.")
     include: list[str] = free([], description="Only these hosts of it.")
     exclude: list[str] = free([], description="Not these hosts of it.")
     at_least: Positive | None = free(None, description="Go on without hosts that fail their check while so many are left; by default all must pass.")
@@ -279,7 +282,7 @@ class Launch(Section):
 class RunFile(Section):
     """A whole run file."""
 
-    run_dir: str = free(description="Folder that holds everything the run writes.")
+    run_dir: Place = free(description="Folder that holds everything the run writes.")
     data: Data
     model: Model
     train: Train

@@ -56,7 +56,7 @@ class Audit:
         from rich.text import Text
 
         facts = self.facts()
-        table = Table("", *facts, title=f"{self.folder}", title_justify="left")
+        table = Table("", *facts, title=Text(str(self.folder), style="table.title"), title_justify="left")
         for row in dict.fromkeys(key for values in facts.values() for key in values):
             cells = [values.get(row, 0) for values in facts.values()]
             table.add_row(row, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells))

@@ -17,7 +17,7 @@ from harness.config.schema import Data
 from harness.data import records
 from harness.data.backends import open_backend
 from harness.data.documents import Documents, Pending, save_array, write_arrow
-from harness.data.examples import key_of, reader
+from harness.data.examples import Unreadable, key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
@@ -165,7 +165,11 @@ class _Gathering:
         self.tokenizer = _chat_tokenizer(job.tokenizer) if job.template.chat else None
 
     def add(self, record: Any, number: int) -> None:
-        """Give a record to a side, or count why it is left out."""
+        """Give a record to a side, or count why it is left out.
+
+        Raises:
+            Unreadable: when it holds values that cannot be read.
+        """
         example = self.read(record)
         if example is None:
             self.leave_out(self.first, EMPTY)
@@ -215,8 +219,9 @@ class _Gathering:
     def unreadable(self, record: Broken, part: InputRange) -> None:
         """Refuse a record that cannot be read, or count it where the run file says so."""
         if self.job.data.broken_rows == "refuse":
-            raise Refused(f"{part.shown} line {record.line} {record.reason}.", where=f"{part.shown}:{record.line} ({part.key}.path)",
-                          remedy="Mend or remove the line, or set data.broken_rows=drop to count such rows instead.")
+            what = "line" if part.kind in records.LINES else "row"
+            raise Refused(f"{part.shown} {what} {record.line} {record.reason}.", where=f"{part.shown}:{record.line} ({part.key}.path)",
+                          remedy=f"Mend or remove the {what}, or set data.broken_rows=drop to count such rows instead.")
         self.broken.append(f"{part.shown}:{record.line} {record.reason}")
         self.leave_out(self.first, UNREADABLE)
 
@@ -230,7 +235,10 @@ def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
             if isinstance(record, Broken):
                 gathering.unreadable(record, part)
             elif record is not None:
-                gathering.add(record, number)
+                try:
+                    gathering.add(record, number)
+                except Unreadable as error:
+                    gathering.unreadable(Broken(records.line_of(part, number - before), str(error)), part)
             number += 1
         counts.append(number - before)
     gathering.tokenise()

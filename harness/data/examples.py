@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,20 @@ import xxhash
 
 from harness.config.schema import Data
 
+VERSION = 1
+"""Another one where the same bytes of a source would give other examples, or another side of a split."""
 PARTS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 OPTIONAL_PARTS = {"messages": ("tools",)}
 SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }
 WHITESPACE = b" \t\n\r\x0b\x0c"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+HALF_A_PAIR = "holds half a surrogate pair"
+
+
+class Unreadable(ValueError):
+    """A row whose value is none that its column may hold; the text says which, to follow the place of the row."""
 
 
 @dataclass(frozen=True)
@@ -53,41 +62,77 @@ def reader(data: Data) -> Callable[[dict[str, Any]], Example | None]:
     """What gives the example in a row; None where a part is missing, empty, or not what it should be.
 
     A conversation is a list of turns, or JSON text of one, with the keys `role` and `content` or, as ShareGPT has them, `from` and `value`.
-    The keys that Arrow filled with None are dropped, and content in parts of text is joined.
+    The keys that Arrow filled with None are dropped, and content in parts of text is joined. Elsewhere numbers are written out, and bytes are UTF-8;
+    for other values than these it raises Unreadable.
     """
-    columns, tools = columns_of(data), data.columns.tools
+    first, last, tools = columns_of(data)[0], columns_of(data)[-1], data.columns.tools
 
     def conversation(row: dict[str, Any]) -> Example | None:
-        return _conversation(row.get(columns[0]), row.get(tools))
+        return _conversation(row.get(first), row.get(tools))
 
     def text(row: dict[str, Any]) -> Example | None:
-        return _text(row.get(columns[0]))
+        return _text(row, first)
 
     def pair(row: dict[str, Any]) -> Example | None:
-        first, second = _text(row.get(columns[0])), _text(row.get(columns[1]))
-        return None if first is None or second is None else (first, second)
+        prompt, completion = _text(row, first), _text(row, last)
+        return None if prompt is None or completion is None else (prompt, completion)
 
     return {"messages": conversation, "text": text, "prompt_completion": pair}[data.shape]
 
 
-def _text(value: Any) -> str | None:
+def _text(row: dict[str, Any], column: str) -> str | None:
     """Text with something to read in it."""
+    value = row.get(column)
     if not isinstance(value, str):
-        value = "" if value is None else str(value)
+        value = _written(value, column)
     return value if value and not value.isspace() else None
+
+
+def _written(value: Any, column: str) -> str:
+    """What is no text, as text; NaN is nothing, as None is."""
+    if value is None or isinstance(value, float) and value != value:
+        return ""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if not isinstance(value, bytes):
+        raise Unreadable(f"holds a {type(value).__name__} instead of text in column {column!r}")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Unreadable(f"holds bytes that are not UTF-8 in column {column!r}") from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether no text in a JSON value holds half a surrogate pair, which stands for no character and cannot be tokenised."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def key_of(example: Example) -> int:
     """What must not stand on both sides of a split, as 64 bits: the question, or the beginning of the text.
 
-    Case and white space do not count. Of a conversation it is the first user's turn with text (else all of it); of a text its first 1,000 characters.
+    Case and white space do not count. Of a conversation it is what stands before the first answer to a user, the system's turn too (else all of it);
+    of a text its first 1,000 characters.
     """
     if isinstance(example, str):
         return _hash(_plain(example[:1000]))
     if isinstance(example, tuple):
         return _hash(_plain(example[0]))
-    questions = (turn["content"] for turn in example.turns if turn["role"] == "user" and turn.get("content", "").strip())
-    return _hash(_plain(next(questions, None) or example.as_json()))
+    return _hash(_plain(_question(example.turns) or example.as_json()))
+
+
+def _question(turns: list[dict[str, Any]]) -> str:
+    """What stands before the first answer to a user, without greetings of the assistant; empty where no user says anything."""
+    said, asked = [], False
+    for turn in turns:
+        if turn["role"] != "assistant":
+            said.append(turn.get("content", ""))
+            asked = asked or turn["role"] == "user" and not said[-1].isspace() and said[-1] != ""
+        elif asked:
+            break
+    return "".join(said) if asked else ""
 
 
 def _hash(data: bytes) -> int:
@@ -115,9 +160,12 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
+        parsed = json.loads(value) if value.strip() else None
     except ValueError:
         return value
+    if SURROGATE.search(value) and not is_text(parsed):
+        raise Unreadable(HALF_A_PAIR)
+    return parsed
 
 
 def _without_none(value: Any) -> Any:

@@ -16,7 +16,7 @@ from harness import files
 from harness.config.schema import RunFile
 from harness.data import records, workers
 from harness.data.encode import KNOWN, ShardJob, SideJob, make_shard
-from harness.data.examples import key_of, reader
+from harness.data.examples import Unreadable, key_of, reader
 from harness.data.order import shards_of_epoch
 from harness.data.packing import Packing, plan_folder
 from harness.data.plans import PlanSource
@@ -26,7 +26,6 @@ from harness.data.store import LocalStore
 from harness.data.template import Template, start_ids
 from harness.errors import Refused
 from harness.formats.index import DRAFT, Draft, ShardEntry, ShardFile, shard_name, write_index
-from harness.formats.index import NAME as INDEX
 
 HASHES_AT_ONCE = 16_000_000
 SETS = ("train", "validation")
@@ -79,7 +78,6 @@ class Maker:
         drafts = {}
         for name, groups in zip(SETS, (train, validation if validation is not None else train), strict=True):
             (self.folder / name / "parts").mkdir(parents=True, exist_ok=True)
-            (self.folder / name / INDEX).unlink(missing_ok=True)
             drafts[name] = self._draft(name, backend, len(groups))
             files.write_json(self.folder / name / DRAFT, drafts[name].model_dump())
         if validation is None:
@@ -131,14 +129,22 @@ class Maker:
     def _refuse_losses(self, made: Made, name: str) -> None:
         causes = ", ".join(f"{count} because {cause}" for cause, count in made.dropped.most_common())
         if sum(part["entry"]["trained_tokens"] for part in made.parts) == 0:
-            detail = f" ({causes})" if causes else ""
-            raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}",
-                          remedy="Check data.shape, data.columns and data.template" + (", or raise data.validation_share." if name == "validation" else "."))
+            self._refuse_emptiness(made, name, causes)
         lost = made.dropped.total() - made.dropped[KNOWN]
         if made.rows_in and lost / made.rows_in > self.run.data.max_dropped_share:
             first = next((f" The first that cannot be read: {place}." for part in made.parts for place in part["broken"]), "")
             raise Refused(f"{lost} of {made.rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=f"data.{name}",
                           remedy="Mend the rows, or raise data.max_dropped_share.")
+
+    def _refuse_emptiness(self, made: Made, name: str, causes: str) -> None:
+        data, told, remedy = self.run.data, [causes] if causes else [], "Check data.shape, data.columns and data.template"
+        if data.validation is None:
+            questions = len({key_of(example) for example in examples_of(made.groups, self.run)})
+            what = "beginnings of texts" if data.shape == "text" else "questions"
+            told.append(f"distinct {what} in the source: {questions:,}, each of which stands in one set only")
+            remedy += (f", {'lower' if name == 'train' else 'raise'} data.validation_share" if questions > 1 else "") + ", or give data.validation a source of its own"
+        detail = f" ({'; '.join(told)})" if told else ""
+        raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}", remedy=f"{remedy}.")
 
     def _finish(self, made: Made, draft: Draft, name: str) -> None:
         """Write what makes a set of the shards, the index last, and take away what only preparing needed."""
@@ -162,12 +168,16 @@ class Maker:
 
 
 def examples_of(groups: list[Group], run: RunFile) -> Iterator[Any]:
-    """All examples of a source, in order, read anew."""
+    """All examples of a source, in order, read anew; what cannot be read is told when shards are made."""
     read = reader(run.data)
     for group in groups:
         for part in group:
             for record in records.read(part):
-                if isinstance(record, dict) and (example := read(record)) is not None:
+                try:
+                    example = read(record) if isinstance(record, dict) else None
+                except Unreadable:
+                    continue
+                if example is not None:
                     yield example
 
 

@@ -19,13 +19,15 @@ from harness.data import backends, builtin, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
+from harness.data.examples import VERSION as READING_VERSION
 from harness.data.examples import key_of
 from harness.data.maker import SETS, Group, Maker, examples_of, set_fingerprint
 from harness.data.rows import RowTable
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template
 from harness.errors import Failure, Refused, first_line
-from harness.formats.index import VERSION, ShardSetIndex, read_index
+from harness.formats.index import NAME as INDEX
+from harness.formats.index import VERSION, ShardFile, ShardSetIndex, read_index
 from harness.log import say
 
 SHARD_TEXT_BYTES = 16 << 20
@@ -37,7 +39,7 @@ ALONE_BYTES = 256 << 20
 def fingerprint(run: RunFile) -> str:
     """What identifies both sets of a run: sources, tokenizer, template and every option that changes a byte, but for the backend."""
     data, known = run.data, Path(run.data.dir) / ".digests.json"
-    parts = [str(VERSION), str(TEMPLATE_VERSION), data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump()), data.broken_rows, str(SHARD_TEXT_BYTES)]
+    parts = [str(VERSION), str(TEMPLATE_VERSION), str(READING_VERSION), data.shape, json.dumps(data.columns.model_dump()), json.dumps(data.template.model_dump()), data.broken_rows, str(SHARD_TEXT_BYTES)]
     parts.append(sources.source_digest(data.train, key="data.train", known=known) + str(data.train.max_rows))
     if data.validation is not None:
         parts.append(sources.source_digest(data.validation, key="data.validation", known=known) + str(data.validation.max_rows))
@@ -56,13 +58,17 @@ def _tokenizer_digest(name: str | None) -> str:
 
 
 def prepared_index(run: RunFile) -> ShardSetIndex | None:
-    """The index of the training set when both sets are there and fit the run file; None when they must be made."""
+    """The index of the training set when both sets and their tokenizer are there and fit the run file; None when they must be made."""
     indexes = [read_index(Path(run.data.dir) / name) for name in SETS]
-    if any(index is None for index in indexes):
+    if any(index is None for index in indexes) or not all(_holds(Path(run.data.dir) / "tokenizer" / file.name, file) for file in indexes[0].tokenizer):
         return None
     wanted = fingerprint(run)
     fits = all(index.fingerprint == set_fingerprint(wanted, index.backend, name) for index, name in zip(indexes, SETS, strict=True) if index)
     return indexes[0] if fits else None
+
+
+def _holds(path: Path, file: ShardFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes
 
 
 def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = None) -> Audit:
@@ -142,7 +148,7 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
         nullcontext(executor) if executor is not None else _local_executor(data, text_bytes, len(train)) as pool,
         nullcontext() if data.shape == "messages" else collector.off(),  # rows and tokenizers have no cycles
     ):
-        tokenizer = _save_tokenizer(run, folder / "tokenizer", train)
+        tokenizer = _save_tokenizer(run, folder / "tokenizer", cache, train)
         if isinstance(pool, workers.Pool):
             pool.everywhere(backends.warm, folder / "tokenizer")
         backend = backends.choose(folder / "tokenizer")
@@ -172,18 +178,37 @@ def held_out_questions(run: RunFile, *, count: int) -> list[str]:
     return questions[:: max(1, len(questions) // count)][:count]
 
 
-def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
+def _save_tokenizer(run: RunFile, folder: Path, cache: Path, train: list[Group]) -> Any:
+    """Put the tokenizer in the place of what is there, and take away the indexes that go with another: only when there is one."""
     from transformers import AutoTokenizer
 
-    data = run.data
-    if data.train_tokenizer is not None:
-        plain = Template.from_run(run, None) if data.shape != "messages" else Template("messages", "turns")
+    name = run.data.tokenizer or run.model.path
+    made = _train_tokenizer(run, cache / "tokenizer", train) if run.data.train_tokenizer is not None else None
+    tokenizer = None if made else _load_tokenizer(run, name)
+    for which in SETS:
+        (folder.parent / which / INDEX).unlink(missing_ok=True)
+    if made or not (folder.exists() and Path(name).exists() and folder.samefile(name)):
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier tokenizer had, such as a chat template, is not this one's
-        trained = (example for example in examples_of(train, run) if data.validation or not held_out(run.train.seed, data.validation_share, key_of(example)))
-        train_bpe(("".join(text for text, _ in plain.segments(example, None)) for example in trained), vocab_size=data.train_tokenizer.vocab_size, folder=folder)
+    if made:
+        made.rename(folder)
         return AutoTokenizer.from_pretrained(folder)
-    name = data.tokenizer or run.model.path
-    where = "data.tokenizer" if data.tokenizer else "model.path"
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _train_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Path:
+    data = run.data
+    plain = Template.from_run(run, None) if data.shape != "messages" else Template("messages", "turns")
+    shutil.rmtree(folder, ignore_errors=True)
+    trained = (example for example in examples_of(train, run) if data.validation or not held_out(run.train.seed, data.validation_share, key_of(example)))
+    train_bpe(("".join(text for text, _ in plain.segments(example, None)) for example in trained), vocab_size=data.train_tokenizer.vocab_size, folder=folder)
+    return folder
+
+
+def _load_tokenizer(run: RunFile, name: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    where = "data.tokenizer" if run.data.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=run.model.trust_code)
     except Exception as error:
@@ -193,7 +218,4 @@ def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise Refused(f"The tokenizer of {name!r} has no end-of-text token, so answers could never stop.", where=where, remedy="Set its eos_token.")
-    if not (folder.exists() and Path(name).exists() and folder.samefile(name)):
-        shutil.rmtree(folder, ignore_errors=True)
-    tokenizer.save_pretrained(folder)
     return tokenizer

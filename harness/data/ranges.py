@@ -125,39 +125,49 @@ def _cut_text(whole: InputRange, size: int) -> list[InputRange]:
 
 def _cut_csv(whole: InputRange, size: int) -> list[InputRange]:
     """A newline may stand between quotes, so a file of several ranges is parsed once to find the borders."""
-    lines = _CountedLines(whole, _start(whole.path))
-    csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = tuple(next(reader, ()))
-    except csv.Error as error:
-        raise _broken_csv(whole, lines.number, str(error)) from None
-    places = [lines.place]
-    while whole.stop - places[0] > size:
-        try:
-            next(reader)
-        except StopIteration:
-            break
-        except csv.Error:  # told when it is read, where the run file says what then
-            pass
-        if lines.place - places[-1] >= size:
-            places.append(lines.place)
+    rows = CsvRows(whole, _start(whole.path))
+    given = iter(rows)
+    header = next(given, [])
+    if isinstance(header, csv.Error):
+        raise Refused(f"{whole.shown} line 1 cannot be read as csv: {header}.", where=f"{whole.shown}:1 ({whole.key}.path)", remedy="Mend the file, or set the right format.")
+    places = [rows.place]
+    for _ in given if whole.stop - places[0] > size else ():
+        if rows.place - places[-1] >= size:
+            places.append(rows.place)
     if places[-1] < whole.stop or len(places) == 1:
         places.append(whole.stop)
-    return [replace(whole, start=a, stop=b, size=b - a, header=header) for a, b in zip(places, places[1:], strict=False)]
+    return [replace(whole, start=a, stop=b, size=b - a, header=tuple(header)) for a, b in zip(places, places[1:], strict=False)]
 
 
-def _broken_csv(part: InputRange, line: int, reason: str) -> Refused:
-    return Refused(f"{part.shown} line {line} cannot be read as csv: {reason}.", where=f"{part.shown}:{line} ({part.key}.path)", remedy="Mend the file, or set the right format.")
+class CsvRows:
+    """The rows of a CSV file from a place on, to its end; an error for one that cannot be read.
 
+    After such a row it goes on at the next line, so that a quote that is never closed takes no other row with it.
 
-class _CountedLines:
-    """Decoded lines of a file, and the place after the last of them."""
+    Attributes:
+        place: after the last row.
+        number: of lines before that place.
+    """
 
     def __init__(self, part: InputRange, place: int):
         self.part, self.place, self.number = part, place, 0
+        csv.field_size_limit(LARGEST_FIELD)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[list[str] | csv.Error]:
+        reader = csv.reader(self._lines(), strict=True)
+        while True:
+            begin = self.place, self.number
+            try:
+                yield next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self.place, self.number = begin
+                next(self._lines(), None)
+                reader = csv.reader(self._lines(), strict=True)
+                yield error
+
+    def _lines(self) -> Iterator[str]:
         with open(self.part.path, "rb") as stream:
             stream.seek(self.place)
             for line in stream:

@@ -14,9 +14,11 @@ from typing import Any
 import orjson
 
 from harness.data import builtin
-from harness.data.ranges import LARGEST_FIELD, InputRange, decode, told
+from harness.data.examples import HALF_A_PAIR, is_text
+from harness.data.ranges import CsvRows, InputRange, decode, told
 
 LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
+LINES = ("jsonl", "csv", "text")
 BATCH_ROWS = 1024
 BUFFER_BYTES = 1 << 20
 
@@ -26,7 +28,7 @@ class Broken:
     """A record that cannot be read.
 
     Attributes:
-        line: of its file, from 1.
+        line: of its file, from 1; the row where a format has no lines.
         reason: such as "is not JSON: Expecting value".
     """
 
@@ -59,6 +61,14 @@ def column_names(part: InputRange, count: int) -> list[str]:
 
         return pq.read_schema(part.path).names
     return list(dict.fromkeys(name for record in islice(read(part), count) if isinstance(record, dict) for name in record))
+
+
+def line_of(part: InputRange, number: int) -> int:
+    """The line, or row, of its file in which a record of the range begins, both from 1; `number` from 0. Counted only to name a broken one."""
+    if part.kind not in LINES:
+        return part.start + number + 1
+    before = islice(read(part), number if part.kind == "csv" else 0)
+    return _lines_before(part) + number + 1 + sum(value.count("\n") for record in before if isinstance(record, dict) for value in record.values())
 
 
 def first_records(parts: list[InputRange], count: int) -> list[InputRange]:
@@ -136,28 +146,25 @@ def _loads_slowly(line: bytes, part: InputRange, number: int) -> Any:
         raise
     try:
         value = json.loads(text)
+        if isinstance(value, dict) and not is_text([value.get(name) for name in part.columns]):
+            return Broken(_lines_before(part) + number + 1, HALF_A_PAIR)
         return value if isinstance(value, dict) else _no_object(part, number)
     except json.JSONDecodeError as error:
         return Broken(_lines_before(part) + number + 1, f"is not JSON: {error.msg}")
 
 
 def _read_csv(part: InputRange) -> Iterator[Record]:
-    lines = io.StringIO(decode(_bytes(part), part, part.start), newline="")
-    csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(lines, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {error}")
-            continue
-        if len(row) > len(part.header):
+    rows, line = CsvRows(part, part.start), 1
+    for row in rows:
+        if isinstance(row, csv.Error):
+            yield Broken(_lines_before(part) + line, f"cannot be read as csv: {row}")
+        elif len(row) > len(part.header):
             yield Broken(_lines_before(part) + line, f"has {len(row)} fields where the header has {len(part.header)}")
         else:
             yield dict(zip(part.header, row, strict=False)) if row else None
+        if rows.place >= part.stop:
+            return
+        line = rows.number + 1
 
 
 def _read_text(part: InputRange) -> Iterator[Record]:

@@ -33,7 +33,7 @@ def source_paths(source: Source, *, key: str) -> list[Path]:
     patterns = [source.path] if isinstance(source.path, str) else source.path or []
     paths: list[Path] = []
     for pattern in patterns:
-        found = [Path(p) for p in sorted(glob.glob(pattern))] or ([Path(pattern)] if Path(pattern).exists() else [])
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))] or ([Path(pattern)] if Path(pattern).exists() else [])
         if not found:
             raise Refused(f"There is no file {pattern}.", where=f"{key}.path", remedy="Give the path of a file that exists; it is relative to the current folder.")
         paths += found
@@ -54,7 +54,9 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
         known: file that remembers digests of files by size and time, so that large ones are not read at every start.
     """
     if source.path is not None:
-        return files.digest_text(*files.remembered_digests(source_paths(source, key=key), known, digest.of_file), source.encoding)
+        paths = source_paths(source, key=key)
+        kinds = [_kind(path, source, key=key) for path in paths]
+        return files.digest_text(*files.remembered_digests(paths, known, digest.of_file), *kinds, source.encoding)
     if source.builtin is not None:
         texts = builtin.python_prose() if source.builtin == "python-prose" else [f"{q}\n{a}" for q, a in builtin.python_questions()]
         return files.digest_text(*texts)
@@ -94,33 +96,38 @@ def _wholes(source: Source, data: Data, *, key: str, cache: Path) -> list[InputR
         splits = _splits_at_bytes(source.encoding)
     except LookupError:
         raise Refused(f"There is no encoding {source.encoding!r}.", where=f"{key}.encoding", remedy="Name one that Python knows, such as utf-8 or gb18030.") from None
-    given = source_paths(source, key=key)
-    kind = source.format or SUFFIXES.get(_plain_name(given[0]).suffix)
-    if kind is None:
-        raise Refused(f"The format of {given[0]} is not known from its suffix.", where=f"{key}.path", remedy=f"Set `{key}.format` to jsonl, csv, parquet or text.")
     wholes = []
-    for shown in given:
+    for shown in source_paths(source, key=key):
+        kind, encoding = _kind(shown, source, key=key), source.encoding
         path = _decompressed(shown, cache, key=key)
-        encoding = source.encoding
         if kind != "parquet" and not splits:
             path, encoding = _in_utf8(path, shown, encoding, cache, key=key), "utf-8"
         wholes.append(ranges.whole_file(path, shown, kind, key=key, encoding=encoding, columns=columns))
     return wholes
 
 
+def _kind(path: Path, source: Source, *, key: str) -> str:
+    kind = source.format or SUFFIXES.get(_plain_name(path).suffix)
+    if kind is None:
+        raise Refused(f"The format of {path} is not known from its suffix.", where=f"{key}.path", remedy=f"Set `{key}.format` to jsonl, csv, parquet or text.")
+    return kind
+
+
 def _check_columns(parts: list[InputRange], source: Source, data: Data, key: str) -> None:
     """Look at the names, or the first records, for the columns that the shape needs."""
     if not any(record is not None for part in parts for record in islice(records.read(part), LOOKED_AT)):
         raise Refused("The source has no rows.", where=f"{key} ({source.path or source.hub})", remedy="Give a file with examples.")
-    names = records.column_names(parts[0], LOOKED_AT)
-    for name in columns_of(data):
-        if names and name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1)
-            raise Refused(
-                f"The source has no column {name!r}; it has {', '.join(names)}.",
-                where=f"{key} ({source.path or source.hub or source.builtin}), data.columns",
-                remedy=f"Set `data.columns` to the names in the file{f'; did you mean {nearest[0]!r}?' if nearest else '.'}",
-            )
+    for part in {(part.kind, part.header): part for part in reversed(parts)}.values():
+        names = records.column_names(part, LOOKED_AT)
+        for name in columns_of(data):
+            if names.count(name) > 1:
+                raise Refused(f"{part.shown} has {names.count(name)} columns named {name!r}.", where=f"{key} ({part.shown}), data.columns", remedy="Give each column a name of its own.")
+            if names and name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1)
+                raise Refused(
+                    f"{part.shown} has no column {name!r}; it has {', '.join(names)}.", where=f"{key} ({part.shown}), data.columns",
+                    remedy=f"Set `data.columns` to the names in the file{f'; did you mean {nearest[0]!r}?' if nearest else '.'}",
+                )
 
 
 def _from_hub(source: Source, *, key: str, cache: Path) -> Any:

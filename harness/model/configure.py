@@ -90,7 +90,7 @@ def _from_architecture(fields: dict[str, Any], loaded: Loaded) -> PretrainedConf
 
 def _refuse_missing_folder(name: str, key: str, loaded: Loaded) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local and not Path(name).is_dir():
         raise Refused(f"There is no folder {name}.", where=f"{key} ({loaded.origin(key)})", remedy="Give a folder in Hugging Face format.")
 
 
@@ -117,8 +117,8 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return None
 
 
-def check_fit(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> None:
-    """Refuse a tokenizer larger than the embedding, and rows longer than the positions.
+def check_vocabulary(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> None:
+    """Refuse a tokenizer larger than the embedding.
 
     Args:
         config: the model's configuration.
@@ -132,6 +132,10 @@ def check_fit(config: PretrainedConfig, *, vocab_size: int, loaded: Loaded) -> N
             where=f"data.tokenizer ({loaded.origin('data.tokenizer')}) and model ({loaded.origin('model')})",
             remedy="Use the tokenizer of the model, or a model with a larger vocabulary.",
         )
+
+
+def check_length(config: PretrainedConfig, *, loaded: Loaded) -> None:
+    """Refuse rows longer than the positions."""
     positions, length = max_positions(config.get_text_config()), loaded.run.data.sequence_length
     if positions is not None and length > positions:
         raise Refused(

@@ -224,7 +224,7 @@ def safetensors_folder(weights: str, *, where: str = "model.path") -> Path:
     Raises:
         Refused: when there are none.
     """
-    folder = Path(weights).expanduser()
+    folder = Path(weights)
     if not folder.is_dir():
         folder = _from_hub(weights, where)
     if not (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():

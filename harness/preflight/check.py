@@ -8,15 +8,16 @@ from typing import Any
 from harness.config import rules
 from harness.config.batch import batch_equation
 from harness.config.load import Loaded
+from harness.data import in_use
 from harness.data.mixture import MixedTable
 from harness.data.prepare import prepared_index
 from harness.data.sets import RunData, open_data
 from harness.errors import Refused
 from harness.log import say
-from harness.model.configure import check_fit, load_config, load_tokenizer, max_positions
+from harness.model.configure import check_length, check_vocabulary, load_config, load_tokenizer, max_positions
 
 
-def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False) -> dict[str, Any]:
+def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False, makes: bool = True) -> dict[str, Any]:
     """Check everything; prepare the data when they are not prepared yet.
 
     Args:
@@ -25,26 +26,30 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahea
         has_gpu: whether they have GPUs.
         speak: announce the preparation.
         ahead: let it go on in the background where training can begin before it is done.
+        makes: prepare them; otherwise what only prepared data tell is left out.
 
     Returns:
-        facts that `plan` shows: the model's configuration, and the data.
+        facts that `plan` shows: the model's configuration, and the data, or None where they are not prepared.
 
     Raises:
         Refused: with the first thing that is wrong.
     """
     rules.check(loaded, ranks=ranks, has_gpu=has_gpu)
     config = load_config(loaded)
-    if loaded.run.data.sets is None and prepared_index(loaded.run) is None:
-        _prepare(loaded, speak=speak, ahead=ahead)
-    data = open_data(loaded.run)
-    check_fit(config, vocab_size=data.train.vocab_size, loaded=loaded)
-    _rows(data, loaded)
-    _prompts(data, config, loaded)
+    check_length(config, loaded=loaded)
     _stages(loaded, config)
     if loaded.run.model.path is not None:
         from harness.model.build import check_weights
 
         check_weights(loaded.run.model.path, config, where=f"model.path ({loaded.origin('model.path')})", trust_code=loaded.run.model.trust_code)
+    if loaded.run.data.sets is None and prepared_index(loaded.run) is None:
+        if not makes:
+            return {"config": config, "data": None}
+        _prepare(loaded, speak=speak, ahead=ahead)
+    data = open_data(loaded.run)
+    check_vocabulary(config, vocab_size=data.train.vocab_size, loaded=loaded)
+    _rows(data, loaded)
+    _prompts(data, config, loaded)
     return {"config": config, "data": data}
 
 
@@ -82,6 +87,7 @@ def _prepare(loaded: Loaded, *, speak: bool, ahead: bool) -> None:
     from harness.data import background
     from harness.data.prepare import prepare
 
+    in_use.refuse_replacing(loaded.run.data, where=f"data.dir ({loaded.origin('data.dir')})")
     if ahead and background.worth_it(loaded.run):
         say(f"Preparing {loaded.run.data.dir} while training begins on its first shards; {loaded.run.data.dir}/{background.LOG} tells how far it is.")
         background.start(loaded.run)

@@ -15,6 +15,7 @@ from harness.config.batch import BatchEquation, batch_equation
 from harness.config.deepspeed import merge
 from harness.config.load import Loaded
 from harness.config.schema import RunFile
+from harness.data import in_use
 from harness.data.loader import eval_batches
 from harness.data.mixture import MixedTable
 from harness.data.rows import RowTable
@@ -66,7 +67,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
     device, attempt, stop = _meet(loaded, world, use_gpu=use_gpu, attempt=attempt)
     mark("build")
     config = load_config(loaded)
-    data = open_data(run)
+    held, data = in_use.hold(run.data), open_data(run)
     table, template = data.train, data.template
     tokenizer = load_tokenizer(str(data.tokenizer), where="data", trust_code=run.model.trust_code)
     if world.is_main:
@@ -127,6 +128,7 @@ def train(loaded: Loaded, world: World, *, use_gpu: bool, attempt: Attempt | Non
         quarantine.close()
         trainer.course.loader.close()
         data.close()
+        held.close()
         recorder.close()
 
 

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
+from harness.cli.main import main
 from harness.config.batch import batch_equation
 from harness.config.deepspeed import merge, read_deepspeed, shipped_names
 from harness.config.load import fixed_keys, flatten, load
-from harness.config.rules import check
+from harness.config.rules import check, check_data
 from harness.errors import Refused
 
 BASE = """\
@@ -44,6 +45,29 @@ def test_values_and_origins(run_file):
     assert loaded.origin("train.micro_batch") == f"{run_file}:12"
     assert loaded.origin("train.clip").endswith(":9"), "a default inherits the place of its section"
     assert loaded.origin("checkpoint.keep_last") == "default"
+
+
+def test_what_only_yaml_takes_for_numbers_and_dates(run_file):
+    words = {"train.steps": "010", "train.micro_batch": "0x10", "train.global_batch_rows": "1_000", "optimizer.lr": "1e-4", "run_dir": "2024-13-45",
+             "data.dir": "2024-01-02", "launch.slurm.time": "12:00:00", "launch.slurm.account": "007", "train.clip": "0.5"}
+    expected = {**words, "train.steps": 10, "train.micro_batch": 16, "train.global_batch_rows": 1000, "optimizer.lr": 1e-4, "train.clip": 0.5}
+    given = load(run_file, [f"{key}={text}" for key, text in words.items()])
+    text = run_file.read_text().replace("steps: 10", "steps: 010").replace(f"run_dir: {run_file.parent}/run", "run_dir: 2024-13-45")
+    run_file.write_text(text + "launch: {slurm: {time: 12:00:00}}\n")
+    written = load(run_file).run
+    assert {key: flatten(given.run)[key] for key in words} == expected
+    assert (written.train.steps, written.run_dir, written.launch.slurm.time) == (10, "2024-13-45", "12:00:00")
+    for word in ("train.steps=1:30", "train.clip=1:30.5", "train.steps=2024-01-02", "train.steps=0b_"):
+        with pytest.raises(Refused, match="unable to parse"):
+            load(run_file, [word])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(run_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("run_dir", "data.dir", "data.cache_dir", "data.tokenizer", "model.path", "engine.deepspeed", "engine.nvme_dir", "launch.hosts.file", "data.sets.a.dir")
+    run = load(run_file, [*(f"{key}=~/x" for key in keys), "data.train.path=[~/x, y~]", "data.validation.path=~/x"]).run
+    leaves = flatten(run)
+    assert {leaves[key] for key in (*keys, "data.validation.path")} == {"/home/me/x"} and leaves["data.train.path"] == ["/home/me/x", "y~"]
 
 
 def test_frozen(run_file):
@@ -123,6 +147,12 @@ def test_missing_and_binary_file(tmp_path):
         (["data.train.hub=x"], "Exactly one of"),
         (["data.tokenizer=null"], "no tokenizer"),
         (["data.train_tokenizer.vocab_size=300"], "both set"),
+        (["data.train={}"], "none of them are"),
+        (["data.train.path=[]"], "`data.train.path` names no file"),
+        (["data.validation.path=''"], "`data.validation.path` names no file"),
+        (["data.shape=prompt_completion", "data.template.prompt='Q: {question} '"], "{question}, which stands for nothing"),
+        (["data.shape=prompt_completion", "data.template.prompt='Q: {prompt} in {context} '"], "{context}, which stands for nothing"),
+        (["data.shape=prompt_completion", "data.template.completion=yes!"], "does not hold {completion}"),
         (["train.global_batch_rows=7"], "does not divide"),
         (["train.global_batch_tokens=64"], "exactly one of"),
         (["train.global_batch_rows=null", "train.global_batch_tokens=100"], "not a multiple"),
@@ -147,6 +177,17 @@ def test_rules(run_file, overrides, told):
         check(load(run_file, overrides), ranks=2, has_gpu=False)
     assert told in str(caught.value)
     assert caught.value.where and caught.value.remedy
+
+
+def test_braces_that_are_text_are_no_mistake_in_a_template(run_file):
+    words = ["data.shape=prompt_completion", r"data.template.prompt='{prompt} As {''a'': 1}, in \boxed{answer}'", r"data.template.completion='\boxed{{completion}}'"]
+    check_data(load(run_file, words))
+
+
+@pytest.mark.parametrize("override", ["data.train={max_rows: 5}", "data.train.builtin=python-qa", "data.template.completion=x"])
+def test_prepare_refuses_what_training_would(run_file, override, capsys):
+    assert main(["prepare", str(run_file), "data.shape=prompt_completion", override]) == 2
+    assert "command line" in capsys.readouterr().err and not (run_file.parent / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,9 @@ def test_other_shapes_and_columns():
 def test_keys():
     talk = Conversation(TALK)
     assert pickle.loads(pickle.dumps(talk)) == talk and json.loads(talk.as_json()) == {"turns": TALK, "tools": None}
-    assert key_of(talk) == key_of(Conversation(TALK[1:])) == key_of("  hI\n") == key_of(("HI", "other")) == 3036271380559195802
+    assert key_of(Conversation(TALK[1:])) == key_of("  hI\n") == key_of(("HI", "other")) == 3036271380559195802
+    assert key_of(talk) == key_of("Be brief. Hi") and key_of(Conversation([TALK[0], TALK[2], *TALK[1:]])) == key_of(talk), "the greeting is no answer"
+    assert key_of(Conversation([TALK[1], CALLING[2], *TALK[1:]])) == key_of("hi 2 hi"), "all that is asked before the first answer"
     assert key_of("Hi") != key_of("Ho")
     assert key_of("x" * 2000 + "a") == key_of("x" * 2000 + "b") and key_of(("x" * 2000 + "a", "")) != key_of(("x" * 2000 + "b", ""))
     assert key_of(Conversation([TALK[2]])) != key_of(Conversation([TALK[4]]))

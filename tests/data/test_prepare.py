@@ -135,6 +135,25 @@ def test_an_interrupted_preparation_continues(tmp_path, monkeypatch):
     assert kept == {name: (tmp_path / "data" / "train" / f"{name}.arrow").stat().st_mtime_ns for name in made}
 
 
+def test_a_refused_preparation_leaves_what_stands(tmp_path):
+    source = write_pairs(tmp_path / "p.jsonl", 150)
+    run = make_run(tmp_path, train={"path": str(source)}, shape="prompt_completion")
+    facts, kept = prepare(run, progress=False).facts(), source.read_bytes()
+    source.write_bytes(kept + b"\xe9\n")
+    with pytest.raises(Refused, match="cannot be decoded"):
+        prepare(run, progress=False)
+    source.write_bytes(kept)
+    assert prepare(run, progress=False).facts() == facts
+
+
+def test_a_tokenizer_that_is_gone_is_made_anew(tmp_path):
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 60))}, shape="prompt_completion")
+    facts = prepare(run, progress=False).facts()
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").unlink()
+    assert prepared_index(run) is None
+    assert prepare(run, progress=False).facts() == facts and (tmp_path / "data" / "tokenizer" / "tokenizer.json").is_file()
+
+
 def test_the_same_question_never_stands_on_both_sides(tmp_path):
     rows = [{"prompt": f"q {n % 20}", "completion": f"a {n}"} for n in range(100)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -142,6 +161,27 @@ def test_the_same_question_never_stands_on_both_sides(tmp_path):
     prepare(run, progress=False)
     sides = [{text.split("\n")[0] for text, _ in documents(tmp_path / "data", tokenizer_of(tmp_path / "data"), name)} for name in ("train", "validation")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def summaries(path, documents):
+    """Conversations that ask the same of several documents, which stand in the system's turn."""
+    talks = [[{"role": "system", "content": f"Document {n % documents}"}, {"role": "user", "content": "Summarize it."}, {"role": "assistant", "content": f"s {n}"}] for n in range(100)]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return {"train": {"path": str(path)}, "shape": "messages"}
+
+
+def test_documents_in_the_turn_of_the_system_are_split(tmp_path):
+    audit = prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 50)), progress=False)
+    assert all(facts["documents"] > 5 for facts in audit.facts().values())
+
+
+def test_too_few_questions_for_two_sets_are_counted(tmp_path):
+    with pytest.raises(Refused, match="distinct questions in the source: 1, each") as caught:
+        prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 1), validation_share=0.001), progress=False)
+    assert "raise" not in caught.value.remedy and "a source of its own" in caught.value.remedy
+    with pytest.raises(Refused, match="distinct questions in the source: 3, each") as caught:
+        prepare(make_run(tmp_path, **summaries(tmp_path / "t.jsonl", 3), validation_share=0.999), progress=False)
+    assert "lower data.validation_share" in caught.value.remedy
 
 
 def test_overlap_duplicates_and_empty_rows_are_counted(tmp_path):
@@ -199,6 +239,7 @@ def test_fingerprint_follows_what_changes_a_byte(tmp_path):
     assert base == fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", sequence_length=64, packing="none", num_processes=2))
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", template={"prompt": "{prompt}!"}))
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion", validation_share=0.3))
+    assert base != fingerprint(make_run(tmp_path, train=source | {"format": "text"}, shape="prompt_completion"))
     write_pairs(tmp_path / "p.jsonl", 31)
     assert base != fingerprint(make_run(tmp_path, train=source, shape="prompt_completion"))
 

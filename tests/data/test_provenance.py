@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from rich.console import Console
 
 from harness.config.schema import RunFile
 from harness.data.loader import TokenReader, TrainLoader
@@ -15,6 +17,7 @@ from harness.data.provenance import Provenance
 from harness.data.packing import Packing
 from harness.data.rows import RowTable
 from harness.errors import Refused
+from tests.data.conftest import make_run
 
 
 @pytest.fixture
@@ -69,3 +72,22 @@ def test_what_is_not_there_is_refused(provenance, prepared):
         Provenance(str(prepared), provenance.run, {}, fingerprint=provenance.table.fingerprint)
     with pytest.raises(Refused, match="did not train on the rows"):
         Provenance(str(prepared / "validation"), provenance.run, {}, fingerprint=provenance.table.fingerprint)
+
+
+def test_square_brackets_in_text_and_names_are_shown(tmp_path, monkeypatch, capsys):
+    from harness.cli.data import _show
+    from harness.data.prepare import prepare
+
+    folder = tmp_path / "[b]"
+    folder.mkdir()
+    rows = [{"prompt": f"[INST] q {n} [/INST]", "completion": ":smile: [bold]"} for n in range(40)]
+    (folder / "a[1].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(folder, train={"path": str(folder / "a[1].jsonl")}, shape="prompt_completion", packing="none", sequence_length=64)
+    monkeypatch.setenv("COLUMNS", "200")
+    Console(markup=False).print(prepare(run, progress=False).render())
+    table = RowTable.build(folder / "data" / "train", Packing.of(run.data))
+    provenance = Provenance(str(folder / "data" / "train"), run, {1: 4}, fingerprint=table.fingerprint)
+    _show(provenance, argparse.Namespace(set=str(folder / "data" / "train"), step=1), trust_code=False)
+    audit, shown = capsys.readouterr().out.split("step 1", 1)
+    assert "[b]/data" in audit and "[INST] q 0 [/INST]" in audit
+    assert "a[1].jsonl:" in shown and shown.count("[/INST] :smile: [bold]") == 4

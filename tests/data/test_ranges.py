@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import datetime
 import io
 import json
 import random
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from harness.config.schema import Source
 from harness.data import prepare as module
 from harness.data import ranges, sources
+from harness.data.examples import reader
 from harness.data.prepare import prepare
 from harness.data.ranges import InputRange
 from harness.data.records import Broken, Record, read
@@ -186,11 +188,12 @@ def test_broken_rows_of_a_csv_file_are_found_whatever_the_cut(tmp_path, size):
 
 
 @pytest.mark.parametrize("size", [10, WHOLE])
-def test_an_open_quote_is_named_where_it_opens(tmp_path, size):
+def test_an_open_quote_is_named_where_it_opens_and_takes_no_other_row_with_it(tmp_path, size):
     path = tmp_path / "a.csv"
-    path.write_text("prompt,completion\n" + "q,a\n" * 30 + '"never closed,a\n' + "q,a\n" * 30)
-    [broken] = [record for record in records(path, "csv", size) if isinstance(record, Broken)]
-    assert broken.line == 32
+    path.write_text("prompt,completion\n" + "q,a\n" * 30 + '"never closed,a\n' + "q,a\n" * 30 + '"closed","so\nit is"\n' + 'q,"never\n' + "q,a\n")
+    found, row = records(path, "csv", size), {"prompt": "q", "completion": "a"}
+    assert [record.line for record in found if isinstance(record, Broken)] == [32, 65]
+    assert [record for record in found if isinstance(record, dict)] == [row] * 60 + [{"prompt": "closed", "completion": "so\nit is"}, row]
 
 
 @pytest.mark.parametrize("size", [10, WHOLE])
@@ -235,6 +238,28 @@ def test_many_small_files_make_one_shard(tmp_path):
     [shard] = read_index(tmp_path / "data" / "train").shards
     assert [(Path(source.file).name, source.first_row, source.rows) for source in shard.sources] == [(f"part-{n:02d}.jsonl", 0, 3) for n in range(30)]
     assert shard.origin(4) == (str(tmp_path / "part-01.jsonl"), 1)
+
+
+def test_each_file_is_read_by_its_own_suffix(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "of a line"}) + "\n")
+    (tmp_path / "c.csv").write_text("text\nof a row\n")
+    found = _opened(tmp_path, Source(path=str(tmp_path / "[abc].*")), 1000, "text")
+    assert [record["text"] for record in found] == ["some text", "of a line", "of a row"]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "of a line"}) + "\n")
+    with pytest.raises(Refused, match="b.jsonl has no column 'text'; it has body"):
+        _opened(tmp_path, Source(path=str(tmp_path / "[abc].*")), 1000, "text")
+    (tmp_path / "c").write_text("text")
+    with pytest.raises(Refused, match="format of .*/c is not known"):
+        _opened(tmp_path, Source(path=str(tmp_path / "[ac]*")), 1000, "text")
+
+
+def test_two_stars_go_through_all_folders_below(tmp_path):
+    folder = tmp_path / "deep" / "er" / "est"
+    folder.mkdir(parents=True)
+    for number, place in enumerate((folder, *folder.parents[:2])):
+        write_pairs(place / f"{number}.jsonl", 1, seed=number)
+    assert len(_opened(tmp_path, Source(path=str(tmp_path / "deep" / "**" / "*.jsonl")), 1000)) == 3
 
 
 # Encodings
@@ -343,3 +368,81 @@ def test_broken_rows_are_counted_named_and_limited(tmp_path, monkeypatch, kind):
     audit = read_index(tmp_path / "data" / "train").audit
     assert audit["dropped"] == {"cannot be read": 2}
     assert [place.split(" ")[0] for place in audit["broken"]] == [f"{path}:25", f"{path}:151"]
+
+
+def _values(path: Path, kind: str, values: list[object]) -> Path:
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(40)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([{"prompt": "q", "completion": value} for value in values]), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({"prompt": "q", "completion": value} for value in values)]))
+    return path
+
+
+@pytest.mark.parametrize("value, told", [
+    (["a", "b"], "row 1 holds a list instead of text in column 'completion'"), ({"text": ["a"]}, "row 1 holds a dict instead of text"),
+    (b"caf\xe9", "row 1 holds bytes that are not UTF-8 in column 'completion'"), (datetime.date(2024, 1, 2), "row 1 holds a date instead of text"),
+])
+def test_values_that_are_no_text_are_refused_by_row_and_column(tmp_path, value, told):
+    path = _values(tmp_path / "a.parquet", "parquet", [value] * 9)
+    with pytest.raises(Refused, match=told):
+        prepare(make_run(tmp_path, train={"path": str(path)}, shape="prompt_completion"), progress=False)
+
+
+def test_a_list_among_text_is_named_by_line_or_counted(tmp_path):
+    options = {"train": {"path": str(_values(tmp_path / "a.jsonl", "jsonl", [["b"]]))}, "shape": "prompt_completion"}
+    with pytest.raises(Refused, match="a.jsonl line 41 holds a list instead of text in column 'completion'"):
+        prepare(make_run(tmp_path, **options), progress=False)
+    prepare(make_run(tmp_path, **options, broken_rows="drop"), progress=False)
+    audit = read_index(tmp_path / "data" / "train").audit
+    assert audit["dropped"] == {"cannot be read": 1} and audit["broken"] == [f"{tmp_path}/a.jsonl:41 holds a list instead of text in column 'completion'"]
+
+
+def test_numbers_are_text_and_what_is_not_a_number_is_missing(tmp_path):
+    read_row = reader(make_run(tmp_path, train={"path": "unused"}, shape="prompt_completion").data)
+    for value, text in ((7, "7"), (0.5, "0.5"), (True, "True"), ("café".encode(), "café"), (float("nan"), None), (None, None), (b"", None)):
+        assert read_row({"prompt": "q", "completion": value}) == (text and ("q", text))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("prompt,completion,completion\n" + "q,a,b\n" * 9)
+    else:
+        pq.write_table(pa.Table.from_arrays([pa.array(["q"]), pa.array(["a"]), pa.array(["b"])], names=["prompt", "completion", "completion"]), path)
+    with pytest.raises(Refused, match="2 columns named 'completion'"):
+        prepare(make_run(tmp_path, train={"path": str(path)}, shape="prompt_completion"), progress=False)
+
+
+# Halves of surrogate pairs
+
+HALF = {"prompt": "q", "completion": "cut emoji \ud83d"}
+
+
+@pytest.mark.parametrize("train_tokenizer", [False, True])
+def test_half_a_surrogate_pair_is_named_or_counted(tmp_path, prepared, train_tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q {n}", "completion": f"\U0001f600 {n}", "note": "\ud83d"}) + "\n" for n in range(120)) + json.dumps(HALF) + "\n")
+    options = {"train": {"path": str(path)}, "shape": "prompt_completion"} | ({} if train_tokenizer else {"train_tokenizer": None, "tokenizer": str(prepared / "tokenizer")})
+    with pytest.raises(Refused, match="a.jsonl line 121 holds half a surrogate pair"):
+        prepare(make_run(tmp_path, **options), progress=False)
+    prepare(make_run(tmp_path, **options, broken_rows="drop"), progress=False)
+    indexes = [read_index(tmp_path / "data" / name) for name in module.SETS]
+    assert sum(index.audit["rows_in"] for index in indexes) == 121 and indexes[0].audit["dropped"] == {"cannot be read": 1}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_half_a_surrogate_pair_in_json_in_a_column_is_named(tmp_path, suffix):
+    talks = [json.dumps([{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": text}], indent=1) for text in ("\U0001f600", "b", "c\ude00")]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"messages": talks}), path)
+    elif suffix == "csv":
+        with open(path, "w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([["messages"], *([talk] for talk in talks)])
+    else:
+        path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    place = {"jsonl": "line 3", "csv": "line 22", "parquet": "row 3"}[suffix]
+    with pytest.raises(Refused, match=f"a.{suffix} {place} holds half a surrogate pair"):
+        prepare(make_run(tmp_path, train={"path": str(path)}, shape="messages"), progress=False)

@@ -16,6 +16,9 @@ RUNS = Path(__file__).resolve().parents[2] / "launch" / "runs"
 
 
 def test_plan_prints_the_merged_configuration_the_batch_and_the_memory(run_file):
+    data = run_file.parent / "data"
+    assert "not prepared yet" in harness("plan", run_file).output and not data.exists(), "a plan writes nothing"
+    assert harness("prepare", run_file).code == 0
     planned = harness("plan", run_file, "train.global_batch_rows=8", "engine.deepspeed=zero3_offload_cpu")
     assert planned.code == 0, planned.output
     assert "8 rows = micro-batch 1 x accumulation 4 x 2 ranks" in " ".join(planned.output.replace("\u2502", " ").split())
@@ -30,6 +33,15 @@ def test_plan_prints_the_merged_configuration_the_batch_and_the_memory(run_file)
 def test_plan_refuses_what_train_would_refuse(run_file):
     planned = harness("plan", run_file, "train.micro_batch=3")
     assert planned.code == 2 and "does not divide" in planned.output, planned.output
+
+
+def test_what_may_not_change_on_resume_is_refused_before_anything_starts(run_file):
+    assert harness("launch", run_file, "train.steps=2", "launch.ranks=1").code == 0
+    before = (run_file.parent / "run" / "events.jsonl").read_text()
+    for verb in ("plan", "launch"):
+        refused = harness(verb, run_file, "train.steps=2", "launch.ranks=1", "train.seed=5", "data.template.prompt=Ask {prompt}")
+        assert refused.code == 2 and "may not change on resume" in refused.output, refused.output
+    assert (run_file.parent / "run" / "events.jsonl").read_text() == before, "no attempt was made"
 
 
 def test_launch_print_shows_the_command_and_starts_nothing(run_file):

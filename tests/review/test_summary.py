@@ -52,7 +52,7 @@ def write_run(folder: Path, *, seed: int, slow: float = 1.0, steps: int = 100, m
 @pytest.fixture
 def runs(tmp_path) -> list[Path]:
     """A run, and one that is a third slower."""
-    return [write_run(tmp_path / "fast", seed=1), write_run(tmp_path / "slow", seed=2, slow=1.5, lr=2e-4)]
+    return [write_run(tmp_path / "fast", seed=1), write_run(tmp_path / "slow[b]", seed=2, slow=1.5, lr=2e-4)]
 
 
 def review(*words: object) -> subprocess.CompletedProcess[str]:
@@ -101,7 +101,7 @@ def test_two_runs_side_by_side(runs):
     assert rows["steps"] == ["100", "100", ""], "a ratio of step counts says nothing"
     told = review(*runs)
     assert told.returncode == 0, told.stderr
-    assert re.search(r"^ settings that differ +\S+fast +\S+slow", told.stdout, re.MULTILINE) and re.search(r"optimizer\.lr +0\.0001 +0\.0002", told.stdout)
+    assert re.search(r"^ settings that differ +\S+fast +\S+slow\[b\]", told.stdout, re.MULTILINE) and re.search(r"optimizer\.lr +0\.0001 +0\.0002", told.stdout)
     several = json.loads(review(*runs, "--json").stdout)["runs"]
     assert [one["summary"] for one in several] == [one.facts for one in both]
 
@@ -111,7 +111,7 @@ def test_conditions(runs, tmp_path):
     failed = review(runs[0], "--fail-if", "mfu <= 0.3")
     assert failed.returncode == 4 and "mfu is 0.3 (--fail-if 'mfu <= 0.3')" in failed.stderr
     relative = review(*runs, "--fail-if", "tokens_per_second < 0.9x")
-    assert relative.returncode == 4 and re.search(r"slow: tokens_per_second is .*, 0\.6\d\d times that of .*fast", relative.stderr)
+    assert relative.returncode == 4 and re.search(r"slow\S*: tokens_per_second is .*, 0\.6\d\d times that of .*fast", relative.stderr)
     assert review(*runs, "--fail-if", "tokens_per_second < 0.5x").returncode == 0
     without = write_run(tmp_path / "cpu", seed=3, mfu=False)
     lacking = review(runs[0], without, "--fail-if", "mfu < 0.1")
