@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -72,6 +75,7 @@ def init(world: World, *, use_gpu: bool, timeout_minutes: float) -> torch.device
             if world.size == 1 or not _speaks_of_peers(error):
                 raise
             raise PeerLost(_why_apart(world, error, time.monotonic() - started)) from error
+        deepspeed.comm.comm.cdb.new_group = new_group  # DeepSpeed's own has torch's timeout, in every group that it makes
         if not use_gpu:
             _forget_shared_memory()
     if size() != world.size:
@@ -272,7 +276,23 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def abandon() -> None:
-    """Leave after an exception, without entering a collective."""
-    if is_initialized():
+def abandon(code: int) -> None:
+    """Leave after an exception, without entering a collective.
+
+    A group over NCCL waits for its other ranks when it is taken down (pytorch PR 119250), so there it is left as it is, and the process ends
+    with `code`, which is to be its exit code anyway, before the interpreter takes anything down.
+    """
+    if not is_initialized():
+        return
+    if dist.get_backend() == "nccl" and size() > 1:
+        atexit.register(_end, code)
+    else:
         dist.destroy_process_group()
+
+
+def _end(code: int) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

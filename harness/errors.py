@@ -22,6 +22,12 @@ EXIT_RESUME_ME = 75
 EXIT_INTERRUPTED = 130
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, short enough for a message of ours; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
 class HarnessError(Exception):
     """Base of all errors that are shown as one message instead of a traceback."""
 

@@ -167,13 +167,20 @@ class Generator:
             )
         return self.tokenizer.decode(output[0, len(ids):], skip_special_tokens=True).strip()
 
-    def _stop_ids(self, *, chat: bool) -> list[int]:
+    def _stop_ids(self, *, chat: bool) -> list[int] | None:
+        """None leaves it to the model, where the tokenizer has no token that ends a text."""
         template = Template.for_messages(self.tokenizer) if chat else self.template
-        return template.stop_ids(self.tokenizer) if template else [self.tokenizer.eos_token_id]
+        stops = template.stop_ids(self.tokenizer) if template else [self.tokenizer.eos_token_id]
+        return [stop for stop in stops if stop is not None] or None
+
+    def _opening(self) -> list[int]:
+        if self.tokenizer.eos_token_id is None:
+            raise Refused("The prompt has no token, and the tokenizer none to begin with.", where="--prompt", remedy="Write something.")
+        return [self.tokenizer.eos_token_id]
 
     def _ids(self, prompt: str, *, chat: bool, raw: bool) -> list[int]:
         if chat:
             return Template.for_messages(self.tokenizer).prompt_ids(prompt, self.tokenizer)
         if self.template is None or raw:
-            return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+            return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or self._opening()
         return self.template.prompt_ids(prompt, self.tokenizer)

@@ -1,4 +1,4 @@
-"""Ranks whose peers never come are lost, and say who was there; a port that is taken is no peer's doing."""
+"""Ranks whose peers never come are lost, and say who was there; a port that is taken is no peer's doing; a rank that fails waits for nobody."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 """
+LEAVE = """
+import atexit, time
+import torch.distributed as dist
+from harness import distributed, world
+
+distributed.init(world.current(), use_gpu=False, timeout_minutes=1)
+atexit.register(time.sleep, 60)  # what is taken down with the interpreter, where a group over NCCL waits for its other ranks
+dist.get_backend, distributed.size = lambda: "nccl", lambda: 2
+dist.destroy_process_group = lambda: time.sleep(60)
+distributed.abandon(75)
+print("said", end="")
+raise SystemExit(75)
+"""
 
 
 def test_peers_that_never_come_are_lost_and_a_taken_port_is_not():
@@ -34,3 +47,8 @@ def test_peers_that_never_come_are_lost_and_a_taken_port_is_not():
     assert waiting.startswith(f"PeerLost Of 2 ranks only 1 came to 127.0.0.1:{cases[0][1]} within "), waiting
     assert seeking.startswith(f"PeerLost Rank 1 did not meet the other 1 at 127.0.0.1:{cases[1][1]} within "), seeking
     assert refused.startswith("DistNetworkError") and "EADDRINUSE" in refused, refused
+
+
+def test_a_rank_that_fails_waits_for_nobody():
+    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 75 and done.stdout.endswith("said"), done.stderr

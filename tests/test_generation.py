@@ -13,7 +13,8 @@ from harness.checkpoint.export import export
 from harness.cli.main import main
 from harness.data.bpe import train_bpe
 from harness.data.template import Template
-from harness.generation import write_description
+from harness.errors import Refused
+from harness.generation import Generator, write_description
 from harness.testing.models import tiny_config
 from tests.checkpoint import fabricate
 
@@ -110,3 +111,19 @@ def test_the_folder_of_a_run_is_refused_with_the_command_that_exports_it(tmp_pat
     code, _, told = _generate(capsys, tmp_path / "my run", "--prompt", "A tree?")
     assert code == 2 and f"harness export '{tmp_path / 'my run'}' --to FOLDER" in told, told
     assert "holds no model" in _generate(capsys, tmp_path, "--prompt", "A tree?")[2]
+
+
+def test_a_folder_without_an_end(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    config = tiny_config("llama", vocabulary=3)
+    config.eos_token_id = config.bos_token_id = None
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    generator = Generator.load(tmp_path)
+    assert set(generator.answer("a b", max_new_tokens=4).split()) <= {"a", "b"}
+    with pytest.raises(Refused, match="no token"):
+        generator.answer("", max_new_tokens=4)

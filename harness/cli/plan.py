@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> int:
     """Check all, then print the merged configuration, the batch equation and the memory."""
     from harness.launch import local
+    from harness.model.build import num_parameters
+    from harness.model.partition import skeleton
     from harness.preflight.check import check
-    from harness.preflight.count import count_parameters
     from harness.preflight.memory import plan_memory
     from harness.preflight.stages import plan_stages
     from harness.train.attempt import check_same_run
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     stages = loaded.run.engine.pipeline_stages
     batch = batch_equation(loaded, ranks // stages)
     ds_config = merge(loaded, batch)
-    parameters = count_parameters(facts["config"])
+    parameters = num_parameters(skeleton(facts["config"]))
     cut = plan_stages(loaded.run, facts["config"], batch) if stages > 1 else []
     memory = plan_memory(
         max((stage.parameters for stage in cut), default=parameters), ds_config, precision=loaded.run.train.precision, ranks=batch.ranks,

@@ -152,4 +152,4 @@ def _leave(loaded: Loaded, world: World, attempt: object, *, state: str, code: i
     if state in ("done", "stopped"):
         distributed.shutdown()
     else:
-        distributed.abandon()
+        distributed.abandon(code)

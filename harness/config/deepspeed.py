@@ -70,6 +70,12 @@ def _refuse_doubles(config: dict[str, Any], path: Path, loaded: Loaded) -> None:
                 f"`{key}` stands in the DeepSpeed configuration, but the run file owns it as `{owner}`.",
                 where=f"{path} and {section} ({loaded.origin(section)})", remedy=f"Remove `{key}` from {path.name}.",
             )
+    for key in ("tensor_parallel", "expert_parallel"):
+        if key in config:
+            raise Refused(
+                f"`{key}` lets ranks share a row, but here each of them trains on rows of its own.",
+                where=str(path), remedy="Remove the key; ZeRO-3 and `engine.pipeline_stages` share a model among ranks.",
+            )
     for device in ("offload_optimizer", "offload_param"):
         if "nvme_path" in (zero(config).get(device) or {}):
             raise Refused(

@@ -175,6 +175,8 @@ def _stage_and_pipeline(loaded: Loaded, config: dict[str, Any], path: Path) -> N
             "Code that ships with a model cannot be cut into pipeline stages.", where=f"model.trust_code ({loaded.origin('model.trust_code')})",
             remedy="Set model.trust_code=false, or engine.pipeline_stages=1.",
         )
+    if stages > 1:
+        _flash_in_stages(loaded)
     if stage == 0 and loaded.run.train.precision != "fp32" and loaded.run.train.accumulate_in == "fp32":
         raise Refused(
             f"DeepSpeed cannot accumulate {loaded.run.train.precision} gradients in fp32 without ZeRO.", where=f"{path} and train.accumulate_in",
@@ -188,6 +190,17 @@ def _stage_and_pipeline(loaded: Loaded, config: dict[str, Any], path: Path) -> N
         raise Refused("Offload of the optimizer needs ZeRO-1 or higher.", where=str(path), remedy='Set "stage" or remove "offload_optimizer".')
     if stage < 3 and offload_device(config, "optimizer") == "nvme":
         raise Refused("Offload of the optimizer to NVMe needs ZeRO-3.", where=str(path), remedy='Set "stage": 3 or use "device": "cpu".')
+
+
+def _flash_in_stages(loaded: Loaded) -> None:
+    """transformers tells flash attention of packed documents only where a micro-batch is one row; without stages the model itself is tried."""
+    run = loaded.run
+    if run.model.attention == "flash_attention_2" and run.data.packing != "none" and max(run.train.micro_batch, run.evaluation.micro_batch or 1) > 1:
+        raise Refused(
+            f"In pipeline stages {run.model.attention} lets the documents of a packed row see each other where a micro-batch has several rows.",
+            where=f"model.attention ({loaded.origin('model.attention')})",
+            remedy="Set model.attention=auto, or train.micro_batch=1 and evaluation.micro_batch=1, or data.packing=none.",
+        )
 
 
 def _nvme(loaded: Loaded, config: dict[str, Any], here: bool) -> None:

@@ -70,11 +70,6 @@ class Batch:
         """int64, UNTRAINED where nothing is trained."""
         return np.where(self.marks & TRAINED, self.input_ids, UNTRAINED)
 
-    @property
-    def documents(self) -> np.ndarray:
-        """int64, number of the piece in its row."""
-        return np.cumsum(self.marks & OPENS, axis=1) - 1
-
 
 @dataclass(frozen=True)
 class GlobalBatch:

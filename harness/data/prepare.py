@@ -25,7 +25,7 @@ from harness.data.maker import SETS, Group, Maker, examples_of, set_fingerprint
 from harness.data.rows import RowTable
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template
-from harness.errors import Failure, Refused
+from harness.errors import Failure, Refused, first_line
 from harness.formats.index import NAME as INDEX
 from harness.formats.index import VERSION, ShardFile, ShardSetIndex, read_index
 from harness.log import say
@@ -212,7 +212,7 @@ def _load_tokenizer(run: RunFile, name: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=run.model.trust_code)
     except Exception as error:
-        raise Refused(f"There is no tokenizer in {name!r}: {str(error).splitlines()[0][:200]}", where=where,
+        raise Refused(f"There is no tokenizer in {name!r}: {first_line(error)}", where=where,
                       remedy="Name a Hugging Face folder with a tokenizer, or train one with data.train_tokenizer.") from None
     if not tokenizer.is_fast:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")

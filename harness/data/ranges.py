@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 
 BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
@@ -86,7 +86,7 @@ def told(part: InputRange) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        cause = first_line(error)
         raise Refused(f"{part.shown} cannot be read as {part.kind}: {cause}", where=f"{part.key}.path", remedy="Mend the file, or set the right format.") from None
 
 

@@ -15,7 +15,7 @@ from harness.config.schema import Data, Source
 from harness.data import builtin, ranges, records
 from harness.data.examples import columns_of, optional_columns_of
 from harness.data.ranges import InputRange
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 from harness.formats import digest
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -137,7 +137,7 @@ def _from_hub(source: Source, *, key: str, cache: Path) -> Any:
     try:
         return datasets.load_dataset(source.hub, split=source.split, cache_dir=str(cache))
     except Exception as error:
-        raise Refused(f"The data set {source.hub!r} cannot be read: {str(error).splitlines()[0][:200]}", where=f"{key}.hub",
+        raise Refused(f"The data set {source.hub!r} cannot be read: {first_line(error)}", where=f"{key}.hub",
                       remedy="Check the name, the split and the network, or give files with `path`.") from None
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from harness import distributed
+from harness.config.deepspeed import zero
 from harness.data.loader import OPENS, TRAINED, UNTRAINED
 from harness.engine import loss_scale, slices
-from harness.engine.stage0 import guard_stage0
+from harness.engine.stage0 import guard_stage0, without_a_step
 from harness.errors import Refused
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class CommonEngine(ABC):
     def whole_model(self) -> PreTrainedModel:
         """The whole model, for its names, shapes and types; its weights need not be there."""
 
-    def keep_documents_apart(self) -> None:
-        """Refuse a model whose packed documents see each other; an engine that made its weights has done so. Collective."""
+    def try_model(self) -> None:
+        """Refuse a model whose packed documents meet or whose loss is its own mean; an engine that made its weights has done so. Collective."""
 
     def balance(self) -> str:
         """A sentence about a rank that holds the others up, since the last call, or an empty one. Collective."""
@@ -75,8 +76,9 @@ class CommonEngine(ABC):
         return self.deepspeed.optimizer.param_groups
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
-        for group in self.param_groups:
+        """Set the learning rate of every group, also of the second optimizer that updates what a partial offload leaves on the GPU."""
+        second = getattr(self.deepspeed.optimizer, "backup_optimizer", None)
+        for group in [*self.param_groups, *(second.param_groups if second else ())]:
             group["lr"] = lr
 
     def grad_norm(self) -> float:
@@ -185,7 +187,8 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_conf
     """
     import deepspeed
 
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory in 16 bit
+    fresh = contextlib.nullcontext() if fp32 or zero(ds_config).get("stage", 0) else without_a_step(optimizer)
+    with fresh, contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory in 16 bit
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if fp32 and engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.check_grad_overflow = True

@@ -43,7 +43,7 @@ class SubGroup(Holding):
     @property
     def group(self) -> dict[str, Any]:
         """DeepSpeed puts a sub-group into the optimizer's group only while it is updated."""
-        return self.optimizer.param_groups[self.optimizer.sub_group_to_group_id[self.index]]
+        return self.base.param_groups[self.optimizer.sub_group_to_group_id[self.index]]
 
     @contextmanager
     def open(self, *, write: bool) -> Iterator[None]:

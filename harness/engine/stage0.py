@@ -1,7 +1,9 @@
-"""ZeRO-0 in fp32, where DeepSpeed's engine leaves the gradient norm of later pipeline stages out and applies non-finite steps."""
+"""ZeRO-0: in fp32 DeepSpeed leaves out the gradient norm of later pipeline stages and applies non-finite steps, in 16 bit it begins with a step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -36,6 +38,20 @@ def guard_stage0(engine: Any) -> None:
 
     optimizer.step = MethodType(step, optimizer)
     engine.clip_fp32_gradients = lambda: None
+
+
+@contextmanager
+def without_a_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Keep DeepSpeed from updating while it is built.
+
+    `initialize_optimizer_states` (deepspeed/runtime/fp16/fused_optimizer.py and unfused_optimizer.py) takes a step without gradients to make room
+    for the moments: it decays the masters at the peak learning rate, and Adam then corrects its bias as of the second step.
+    """
+    optimizer.step = lambda *_: None
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def _gradients(engine: Any, *, copies: bool) -> list[torch.nn.Parameter]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.data.loader import UNTRAINED
 from harness.model.build import derive_seed
 
 
@@ -55,13 +56,13 @@ def evaluation_sums(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.
     Args:
         loss_sum: sum of the token losses.
         logits: [rows, length, vocabulary].
-        labels: int64 [rows, length], -100 where nothing is trained.
+        labels: int64 [rows, length], UNTRAINED where nothing is trained.
         judged: whether in the place of logits there is what a `ChunkedHead` answers.
 
     Returns:
         float64 tensor [3]: sum of token losses, trained tokens, tokens whose argmax is right.
     """
     targets = labels[:, 1:]
-    trained = targets != -100
+    trained = targets != UNTRAINED
     right = logits[1] if judged else ((logits[:, :-1].argmax(-1) == targets) & trained).sum()
     return torch.stack([loss_sum.double(), trained.sum().double(), right.double()])

@@ -24,6 +24,7 @@ from harness.model.apart import FLEX_PIECE, PIECE, influence, refuse_crossing, w
 from harness.model.attention import use_attention
 from harness.model.build import build, decay_groups, enable_activation_checkpointing
 from harness.model.head import use_chunked_loss
+from harness.model.judged import aux_coefficient, left_over, refuse_own_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,33 +68,42 @@ class ZeroEngine(CommonEngine):
         if self.stage == 3:
             _gather_by_block(self.model)
         self.deepspeed = initialize(self.model, optimizer, ds_config, fp32=run.train.precision == "fp32")
-        self._aux_coefficient = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if getattr(config, "output_router_logits", False) else 0.0
+        self._aux_coefficient = aux_coefficient(self.model)
         if fresh:
-            self.keep_documents_apart()
+            self.try_model()
 
-    def keep_documents_apart(self) -> None:
-        """Try the model on a short packed row, on all ranks together, and refuse it on all of them if its documents see each other."""
-        if self.run.data.packing == "none":
-            return
-        started, attention = time.perf_counter(), self.config._attn_implementation
-        flex = attention == "flex_attention"
+    def try_model(self) -> None:
+        """Try the model on short rows, on all ranks together; all refuse it if its loss is its own mean or packed documents see each other."""
+        training, flex = self.deepspeed.training, self.config._attn_implementation == "flex_attention"
         piece = min(FLEX_PIECE if flex else PIECE, self.run.data.sequence_length // 2)
-        training = self.deepspeed.training
+        row_by_row = max(self.run.train.micro_batch, self.run.evaluation.micro_batch or 1) == 1
         self.deepspeed.eval()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            mine = influence(
-                lambda ids, positions: self.deepspeed(input_ids=ids, position_ids=positions, use_cache=False).logits,
-                vocabulary=self.config.get_text_config().vocab_size, device=self.device, piece=piece,
-                row_by_row=max(self.run.train.micro_batch, self.run.evaluation.micro_batch or 1) == 1,
-            )
-        self.deepspeed.train(training)
-        self._forget_trial(compiled=flex)
-        found = worst(distributed.gather_objects(mine))
         try:
-            refuse_crossing(found, model_type=self.config.model_type, attention=attention)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self._try_loss((1 if row_by_row else 3, 2 * piece))
+                if self.run.data.packing != "none":
+                    self._try_documents(piece, row_by_row=row_by_row)
         except Refused:
             self.close()
             raise
+        self.deepspeed.train(training)
+        self._forget_trial(compiled=flex)
+
+    def _try_loss(self, shape: tuple[int, int]) -> None:
+        mine = left_over(
+            lambda inputs, tokens: self._judged(inputs, tokens=tokens), coefficient=self._aux_coefficient,
+            vocabulary=self.config.get_text_config().vocab_size, device=self.device, shape=shape,
+        )
+        refuse_own_mean(distributed.gather_objects(mine), model_type=self.config.model_type)
+
+    def _try_documents(self, piece: int, *, row_by_row: bool) -> None:
+        started, attention = time.perf_counter(), self.config._attn_implementation
+        mine = influence(
+            lambda ids, positions: self.deepspeed(input_ids=ids, position_ids=positions, use_cache=False).logits,
+            vocabulary=self.config.get_text_config().vocab_size, device=self.device, piece=piece, row_by_row=row_by_row,
+        )
+        found = worst(distributed.gather_objects(mine))
+        refuse_crossing(found, model_type=self.config.model_type, attention=attention)
         seen = "stay apart" if found.told else "may not stay apart: fresh logits that are not finite or do not depend on tokens cannot tell"
         say(f"Documents of a packed row {seen} ({attention}, tried in {time.perf_counter() - started:.2f} s).")
 
@@ -128,7 +138,7 @@ class ZeroEngine(CommonEngine):
             with clock.span("forward"):
                 output = self._forward(micro, tokens=tokens)
             loss, aux = output.loss, getattr(output, "aux_loss", None)
-            if aux is not None and self._aux_coefficient:
+            if aux is not None:
                 loss_sum += (loss.detach() - self._aux_coefficient * aux.detach()).double() * tokens
                 aux_sum += aux.detach().double() * share
                 loss = loss - (1.0 - share) * self._aux_coefficient * aux
@@ -169,9 +179,9 @@ class ZeroEngine(CommonEngine):
     def _eval_sums(self, batch: Batch) -> torch.Tensor:
         inputs = self.widen(batch)
         output = self._judged(inputs, tokens=1)
-        loss = output.loss
-        if getattr(output, "aux_loss", None) is not None and self._aux_coefficient:
-            loss = loss - self._aux_coefficient * output.aux_loss
+        loss, aux = output.loss, getattr(output, "aux_loss", None)
+        if aux is not None:
+            loss = loss - self._aux_coefficient * aux
         return evaluation_sums(loss, output.logits, inputs["labels"], judged=self._head is not None)
 
     @torch.no_grad()

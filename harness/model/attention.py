@@ -54,7 +54,7 @@ def choose_attention(
 
     Args:
         setting: `model.attention`: a name of transformers is taken as it is, `varlen` is ours, `auto` is on a GPU in 16 bit the first
-            of ours, flex attention and sdpa that can do what the model needs, and elsewhere sdpa.
+            of ours, flex attention and sdpa that can do what the model needs, and elsewhere sdpa; eager where that is not known to fit.
         config: of the model, with its dropout.
         device_type: cuda or cpu.
         precision: fp32, bf16 or fp16.
@@ -76,7 +76,7 @@ def choose_attention(
         return VARLEN
     if on_gpu and flex_fits(config):
         return "flex_attention"
-    return "sdpa" if getattr(_model_class(config), "_supports_sdpa", True) else "eager"
+    return "sdpa" if getattr(_model_class(config), "_supports_sdpa", False) else "eager"
 
 
 def _obstacle(config: PretrainedConfig, sequence_length: int) -> str | None:
@@ -97,13 +97,20 @@ def _attention_dropout(text: PretrainedConfig) -> float:
     return max(float(getattr(text, name, None) or 0.0) for name in _ATTENTION_DROPOUTS)
 
 
-def _head_width(text: PretrainedConfig) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def layer_heads(config: PretrainedConfig) -> list[tuple[int, int]]:
+    """Attention heads of each layer and their width, which some models have another of in some layers; 0 and 0 without heads."""
+    text = config.get_text_config()
+    return [_heads(layer) for layer in (text.per_layer_config if text.is_heterogeneous else [text] * text.num_hidden_layers)]
+
+
+def _heads(layer: PretrainedConfig) -> tuple[int, int]:
+    heads = getattr(layer, "num_attention_heads", None) or 0
+    return heads, getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
 
 
 def gpu_obstacle(config: PretrainedConfig) -> str | None:
     """Why the kernel does not run on this GPU."""
-    width = _head_width(config.get_text_config())
+    width = max(width for _, width in layer_heads(config))
     if kernel() is None:
         return f"torch {torch.__version__} has no kernel for it"
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
@@ -115,13 +122,11 @@ def gpu_obstacle(config: PretrainedConfig) -> str | None:
 
 def flex_fits(config: PretrainedConfig) -> bool:
     """Whether flex attention, which is compiled when first used, can do what the model needs; it has no dropout."""
-    text = config.get_text_config()
-    width = _head_width(text)
     compiles = find_spec("triton") is not None and any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "cc", "clang") if name)
-    return bool(
-        compiles and getattr(_model_class(config), "_supports_flex_attn", False) and _attention_dropout(text) == 0
-        and width >= 16 and width & (width - 1) == 0
-    )
+    if not compiles or not getattr(_model_class(config), "_supports_flex_attn", False) or _attention_dropout(config.get_text_config()) > 0:
+        return False
+    width, *others = {width for _, width in layer_heads(config)}
+    return not others and width >= 16 and width & (width - 1) == 0
 
 
 def _model_class(config: PretrainedConfig) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.errors import Failure, Refused
+from harness.errors import Failure, Refused, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,7 +38,7 @@ def check_weights(path: str, config: PretrainedConfig, *, where: str, trust_code
             path, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_code
         )
     except Exception as error:
-        raise Refused(f"The weights of {path!r} cannot be read: {str(error).splitlines()[0][:300]}", where=where,
+        raise Refused(f"The weights of {path!r} cannot be read: {first_line(error)}", where=where,
                       remedy="Give a folder with config.json and safetensors files.") from None
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

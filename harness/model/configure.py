@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.load import Loaded
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 from harness.model.attention import use_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
-_DROPOUTS = (
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout", "embed_dropout", "dropout",
-    "attention_probs_dropout_prob", "hidden_dropout_prob",
-)
+_DROPOUT = re.compile(r"(?!classifier|summary)\w*(dropout|pdrop)")
 
 
 def load_config(loaded: Loaded) -> PretrainedConfig:
     """The configuration of the model that the run file names.
 
     Raises:
-        Refused: unknown architecture or field, a folder without a configuration, code that is not trusted, attention that does not fit.
+        Refused: unknown architecture or field, a folder without a configuration, code that is not trusted, a dropout that it does not have,
+            attention that does not fit.
     """
     from transformers import AutoConfig
 
-    section = loaded.run.model
+    section, where = loaded.run.model, f"model.dropout ({loaded.origin('model.dropout')})"
     if section.architecture is not None:
         config = _from_architecture(dict(section.architecture), loaded)
     else:
@@ -36,20 +35,37 @@ def load_config(loaded: Loaded) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_code)
         except Exception as error:
             raise Refused(
-                f"The model configuration of {section.path!r} cannot be read: {_first_line(error)}",
+                f"The model configuration of {section.path!r} cannot be read: {first_line(error)}",
                 where=f"model.path ({loaded.origin('model.path')})",
                 remedy="Give a folder with a config.json of transformers, or a name on the hub; model.trust_code=true runs code that ships with it.",
             ) from None
     if section.dropout is not None:
-        for name in _DROPOUTS:
-            if isinstance(getattr(config, name, None), (int, float)):
-                setattr(config, name, section.dropout)
+        try:
+            found = _set_dropout(config, section.dropout)
+        except Exception as error:  # transformers checks the types of fields, and MPT's dropout is none but 0
+            raise Refused(f"The dropout of the model cannot be set: {first_line(error)}", where=where, remedy="Remove the key.") from None
+        if found == 0 and section.dropout > 0:
+            raise Refused(f"The configuration of a model of type {config.model_type!r} has no dropout.", where=where, remedy="Remove the key.")
     config.use_cache = False
     use_attention(  # as on a CPU, which fits everywhere; the engine knows its device and chooses again
         config, section.attention, device_type="cpu", precision=loaded.run.train.precision, sequence_length=loaded.run.data.sequence_length,
         where=f"model.attention ({loaded.origin('model.attention')})",
     )
     return config
+
+
+def _set_dropout(config: PretrainedConfig, share: float) -> int:
+    """Set every dropout of a configuration and of those within it; returns how many there are."""
+    from transformers import PretrainedConfig
+
+    count = 0
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            count += _set_dropout(value, share)
+        elif _DROPOUT.match(name) and isinstance(value, int | float):
+            setattr(config, name, type(value)(share) if share == 0 else share)
+            count += 1
+    return count
 
 
 def _from_architecture(fields: dict[str, Any], loaded: Loaded) -> PretrainedConfig:
@@ -69,17 +85,13 @@ def _from_architecture(fields: dict[str, Any], loaded: Loaded) -> PretrainedConf
     try:
         return config_class(**fields)
     except Exception as error:
-        raise Refused(f"The architecture is not valid: {_first_line(error)}", where=where, remedy="Mend the field.") from None
+        raise Refused(f"The architecture is not valid: {first_line(error)}", where=where, remedy="Mend the field.") from None
 
 
 def _refuse_missing_folder(name: str, key: str, loaded: Loaded) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise Refused(f"There is no folder {name}.", where=f"{key} ({loaded.origin(key)})", remedy="Give a folder in Hugging Face format.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def load_tokenizer(name: str, *, where: str, trust_code: bool = False) -> PreTrainedTokenizerBase:
@@ -93,7 +105,7 @@ def load_tokenizer(name: str, *, where: str, trust_code: bool = False) -> PreTra
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_code)
     except Exception as error:
-        raise Refused(f"There is no tokenizer in {name!r}: {_first_line(error)}", where=where, remedy="Name a folder that holds one.") from None
+        raise Refused(f"There is no tokenizer in {name!r}: {first_line(error)}", where=where, remedy="Name a folder that holds one.") from None
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

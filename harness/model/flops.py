@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from harness.model.attention import layer_heads
+
 PEAKS = {
     "B200": 2250e12, "H200 NVL": 835e12, "H200": 989.4e12, "GH200": 989.4e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12,
     "A800": 312e12, "L40S": 362e12, "L4": 121e12, "RTX A6000": 154.8e12, "RTX 4090": 165.2e12,
@@ -12,13 +14,6 @@ PEAKS = {
 """Operations a second with dense bf16 products that are added up in fp32, by a part of torch's name of the GPU. Source: NVIDIA's data sheets."""
 _EXPERT = re.compile(r"\.experts\.")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def attention_width(config: Any) -> int:
-    """Heads times their width; 0 for a model without heads."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    return heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
 
 
 def flops_per_token(model: Any, sequence_length: int) -> float:
@@ -41,7 +36,7 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
     for name, parameter in model.named_parameters():
         if parameter is not looked_up or is_tied:
             parameters += getattr(parameter, "ds_numel", parameter.numel()) * (share if _EXPERT.search(name) else 1.0)
-    return 6 * parameters + 12 * config.num_hidden_layers * attention_width(config) * sequence_length
+    return 6 * parameters + 12 * sum(heads * width for heads, width in layer_heads(config)) * sequence_length
 
 
 def peak_flops(gpu: str, precision: str) -> float | None:

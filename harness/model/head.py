@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 from harness.log import say
 
 PLAIN_HEADS = frozenset({
@@ -110,7 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
             sums += torch.stack([losses.sum(dtype=torch.float64), right.sum(dtype=torch.float64)])
             if learns:
                 torch.mm(slope, weight, out=to_hidden[part])
-                to_weight += slope.T @ chunk
+                _add_product(to_weight, slope, chunk)
         if learns:
             ctx.save_for_backward(to_hidden, to_weight[:size])
         return sums.float()
@@ -124,6 +124,16 @@ class _ChunkedLoss(torch.autograd.Function):
 def _rows(padded: int) -> int:
     """Tokens of a chunk: a power of two, so that most micro-batches make chunks of one size."""
     return max(1 << (CHUNK_ELEMENTS // padded).bit_length() - 1, 1)
+
+
+def _add_product(total: torch.Tensor, slope: torch.Tensor, chunk: torch.Tensor) -> None:
+    """total += slope.T @ chunk; slopes are within 1, but their sum over many tokens may leave fp16's range, so a power of two makes it fit."""
+    if chunk.dtype != torch.float16:
+        total += slope.T @ chunk
+        return
+    largest = chunk.abs().amax().float() * len(chunk)
+    room = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float16).max / largest))).clamp(max=1.0)
+    total.addcmul_(slope.T @ (chunk * room), 1 / room)
 
 
 def _judge(logits: torch.Tensor, targets: torch.Tensor, size: int, learns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,7 +173,7 @@ def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             if works:
                 raise
             works.append(False)
-            say(f"The loss is computed uncompiled, which takes longer: {str(error).splitlines()[0][:200]}")
+            say(f"The loss is computed uncompiled, which takes longer: {first_line(error)}")
             return _judge(*arguments)
         works[:] = [True]
         return answer

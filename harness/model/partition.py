@@ -11,7 +11,7 @@ import torch
 
 from harness.errors import Refused
 from harness.model.families import family_of
-from harness.model.flops import attention_width
+from harness.model.attention import layer_heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,8 +105,9 @@ def flop_costs(model: Any, *, sequence_length: int, recompute_every: int = 0) ->
     A block that is recomputed runs its forward twice: a third more. Source: PaLM (Chowdhery et al. 2022), appendix B, where d is
     heads times their width. Looking tokens up costs nothing.
     """
-    parameters, config = parameter_costs(model), model.config.get_text_config()
-    blocks = (6 * block + 12 * attention_width(config) * sequence_length for block in parameters.blocks)
+    parameters = parameter_costs(model)
+    layers = zip(parameters.blocks, layer_heads(model.config), strict=True)
+    blocks = (6 * block + 12 * heads * width * sequence_length for block, (heads, width) in layers)
     recomputed = (4 / 3 if recompute_every and number % recompute_every == 0 else 1.0 for number in range(len(parameters.blocks)))
     return Costs(0.0, tuple(cost * more for cost, more in zip(blocks, recomputed, strict=True)), 6 * parameters.head)
 

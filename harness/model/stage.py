@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from harness.errors import Failure, Refused
+from harness.errors import Failure, Refused, first_line
 from harness.files import read_json
 from harness.model.build import DTYPES, fuse_activations, initialize
 from harness.model.families import Family, family_of
@@ -246,6 +246,6 @@ def _from_hub(name: str, where: str) -> Path:
         return Path(hf_hub_download(name, _SINGLE)).parent
     except Exception as error:
         raise Refused(
-            f"The weights of {name!r} cannot be fetched: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}", where=where,
+            f"The weights of {name!r} cannot be fetched: {first_line(error)}", where=where,
             remedy="Check the name and the network, or give a folder with safetensors files.",
         ) from None

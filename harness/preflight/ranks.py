@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import EXIT_CHECK_FAILED
 from harness.launch import operators
 from harness.preflight import cluster
 from harness.preflight.findings import Finding, failed, passed, skipped, warned
@@ -52,7 +53,7 @@ def examine(world: World, *, run_file: str | None, build: bool) -> cluster.Diagn
         together += _links([host for host, _ in gathered], device)
         distributed.shutdown()
     except Exception as error:  # whatever it is, it is the finding
-        distributed.abandon()
+        distributed.abandon(EXIT_CHECK_FAILED)
         return cluster.Diagnosis([world.host], [report] if report else [], [_apart(world, error)])
     return cluster.Diagnosis([report.host for report in reports], reports, together)
 

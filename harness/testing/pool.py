@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "harness.engine.zero"]
+TIMEOUT_MINUTES = 3
 
 
 class RankFailure(AssertionError):
@@ -103,7 +104,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, environment: dict[
     from harness import distributed, world
 
     torch.set_num_threads(1)
-    distributed.init(world.current(), use_gpu=False, timeout_minutes=3)
+    distributed.init(world.current(), use_gpu=False, timeout_minutes=TIMEOUT_MINUTES)
     while True:
         try:
             function, args = pipe.recv()

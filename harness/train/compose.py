@@ -20,7 +20,7 @@ from harness.data.loader import eval_batches
 from harness.data.mixture import MixedTable
 from harness.data.rows import RowTable
 from harness.data.sets import RunData, open_data
-from harness.errors import HarnessError, Refused
+from harness.errors import HarnessError, Refused, first_line
 from harness.formats import ledger
 from harness.generation import answer_prompts, write_description
 from harness.heartbeat import began, mark, spent
@@ -241,7 +241,7 @@ def _resume(engine: Any, found: tuple[Path, Manifest] | None, run: RunFile, disk
     if found is None:
         return Progress()
     folder, progress = found[0], load(engine, found, disks)
-    engine.keep_documents_apart()
+    engine.try_model()
     say(f"Resuming from {folder.name}: step {progress.step}, {progress.rows:,} rows consumed.")
     if distributed.rank() == 0:
         ledger.append(run.run_path, "resume", step=progress.step, checkpoint=folder.name)
@@ -256,7 +256,12 @@ def _note(run_dir: Path, kind: str, **facts: Any) -> None:
 def _work(run: RunFile, engine: CommonEngine) -> Work:
     """What a token costs, and what the GPU of a rank can do."""
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
-    return Work(flops_per_token(engine.whole_model(), run.data.sequence_length), distributed.size(), peak_flops(gpu, run.train.precision))
+    try:
+        flops = flops_per_token(engine.whole_model(), run.data.sequence_length)
+    except Exception as error:  # a configuration like no other is no reason not to train
+        say(f"What a token costs this model is not known, so that no FLOP/s are told: {first_line(error)}")
+        flops = None
+    return Work(flops, distributed.size(), peak_flops(gpu, run.train.precision))
 
 
 def _announce(run: RunFile, engine: Any, batch: BatchEquation, table: RowTable | MixedTable, course: Course, progress: Progress) -> None:

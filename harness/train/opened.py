@@ -15,12 +15,12 @@ class Work:
     """What a token costs.
 
     Attributes:
-        flops_per_token: of the model, forward and backward.
+        flops_per_token: of the model, forward and backward, or None where that is not known.
         ranks: that share the work.
         peak: operations a second that the GPU of a rank can do, or None where that is not known.
     """
 
-    flops_per_token: float
+    flops_per_token: float | None
     ranks: int
     peak: float | None
 
@@ -57,11 +57,12 @@ class OpenStep:
             "speed/step_seconds": self.seconds,
             "speed/tokens_per_second": per_second,
             "speed/data_wait_seconds": self.data_wait_seconds,
-            "speed/flops_per_rank": per_second * work.flops_per_token / work.ranks,
         }
         metrics |= {f"speed/{name}_seconds": seconds for name, seconds in self.result.seconds().items()}
-        if work.peak:
-            metrics["speed/mfu"] = metrics["speed/flops_per_rank"] / work.peak
+        if work.flops_per_token:
+            metrics["speed/flops_per_rank"] = per_second * work.flops_per_token / work.ranks
+            if work.peak:
+                metrics["speed/mfu"] = metrics["speed/flops_per_rank"] / work.peak
         if rows_per_epoch:
             metrics["train/epoch"] = self.rows / rows_per_epoch
         if agreed.aux_loss:

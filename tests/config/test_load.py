@@ -27,6 +27,7 @@ train:
   global_batch_rows: 8
   micro_batch: 2
 """
+FLASH = ["engine.deepspeed=zero1", "engine.pipeline_stages=2", "model.attention=flash_attention_2"]
 
 
 @pytest.fixture
@@ -124,6 +125,11 @@ def test_unreadable_files(tmp_path, text):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["train.micro_batch=1", "data.packing=none", "model.attention=sdpa", "engine.pipeline_stages=1"])
+def test_flash_attention_in_stages_that_keeps_documents_apart(run_file, override):
+    check(load(run_file, [*FLASH, override]), ranks=2, has_gpu=False)
+
+
 def test_missing_and_binary_file(tmp_path):
     with pytest.raises(Refused, match="no run file"):
         load(tmp_path / "absent.yaml")
@@ -154,6 +160,8 @@ def test_missing_and_binary_file(tmp_path):
         (["engine.deepspeed=zero9"], "no DeepSpeed configuration"),
         (["engine.deepspeed=zero3", "engine.pipeline_stages=2"], "cannot be used inside 2 pipeline stages"),
         (["engine.pipeline_stages=3"], "do not divide into pipelines"),
+        (FLASH, "lets the documents of a packed row see each other"),
+        ([*FLASH, "train.micro_batch=1", "evaluation.micro_batch=2"], "lets the documents"),
         (["engine.deepspeed=zero3_offload_nvme"], "needs a folder"),
         (["train.precision=fp16"], "fp16 needs a GPU"),
         (["engine.device=cuda"], "torch sees none"),
@@ -182,8 +190,10 @@ def test_prepare_refuses_what_training_would(run_file, override, capsys):
     assert "command line" in capsys.readouterr().err and not (run_file.parent / "run").exists()
 
 
-@pytest.mark.parametrize("key", ["gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16", "data_types"])
-def test_key_in_both_files(run_file, tmp_path, key):
+@pytest.mark.parametrize(
+    "key", ["gradient_clipping", "train_micro_batch_size_per_gpu", "optimizer", "bf16", "data_types", "tensor_parallel", "expert_parallel"]
+)
+def test_a_key_that_is_not_for_this_file(run_file, tmp_path, key):
     config = tmp_path / "ds.json"
     config.write_text(f'{{"{key}": 1}}')
     with pytest.raises(Refused) as caught:

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine import work
 
@@ -64,6 +65,47 @@ def test_the_cut_does_not_matter(ranks2, micro_batch):
 
 def test_one_rank(ranks1):
     check(ranks1.run(work.train, "zero3", "gpt2", 8, {}), reference("gpt2"))
+
+
+def partly_offloaded() -> list:
+    """How far weights move, and what learning rate their optimizers hold, in a step at 0 and in one at LR."""
+    engine = work.engine_of("zero3_offload_cpu", offload_optimizer={"device": "cpu", "ratio": 0.5}, sub_group_size=4000)
+    devices = engine.deepspeed.optimizer.subgroup_to_device
+    devices.update(dict.fromkeys(list(devices)[: len(devices) // 2], torch.device("cpu")))  # as on a GPU, where a second optimizer has them
+    answers = []
+    for step, lr in enumerate((0.0, work.LR), 1):
+        before = work.masters(engine)
+        engine.train_step(work.batch_of(step), step=step, lr=lr)
+        after = work.masters(engine)
+        moved = [np.abs(after[name] - before[name]).max() for name in before]
+        answers.append((min(moved), max(moved), {group["lr"] for group in engine.hyper_parameters().values()}))
+    used = any(engine.deepspeed.optimizer.backup_optimizer.state.values())
+    engine.close()
+    return [*answers, used]
+
+
+def test_a_part_that_stays_on_the_gpu_has_the_same_learning_rate(ranks1):
+    (still, moved, used), = ranks1.run(partly_offloaded)
+    assert used and still == (0.0, 0.0, {0.0}) and moved[0] > 0.0 and moved[2] == {work.LR}
+
+
+def first_step(stage: int) -> list[dict]:
+    """Masters of a bf16 engine as built, and after a step."""
+    engine = work.engine_of("zero1", stage=stage, precision="bf16", accumulate_in="model")
+    answers = [work.masters(engine)]
+    engine.train_step(work.batch_of(1), step=1, lr=work.LR)
+    answers.append(work.masters(engine))
+    steps = {group.adam_step for group in engine.named_slices()}
+    engine.close()
+    return [*answers, steps]
+
+
+def test_without_zero_in_16_bit_the_first_step_is_the_first(ranks2):
+    (before, after, steps), (fresh, expected, _) = ranks2.run(first_step, 0)[0], ranks2.run(first_step, 1)[0]
+    assert all(np.array_equal(before[name], fresh[name]) for name in fresh) and steps == {1}
+    for name in fresh:
+        theirs = expected[name] - fresh[name]
+        assert np.linalg.norm(after[name] - before[name] - theirs) <= 0.05 * np.linalg.norm(theirs), name
 
 
 @pytest.mark.slow

@@ -37,6 +37,29 @@ def ds_config(name: str, run: Any, *, ranks: int, nvme: str) -> dict[str, Any]:
     return merge(Loaded(run, {}), BatchEquation(ROWS, micro, ROWS // micro // ranks, ranks, LENGTH), nvme_path=nvme)
 
 
+def engine_of(
+    name: str, kind: str = "gpt2", *, stage: int | None = None, precision: str = "fp32", accumulate_in: str | None = None, stages: int = 1, **zero: Any
+) -> Any:
+    """A tiny model of two rows a micro-batch under a shipped configuration, of which `stage` and keys of `zero_optimization` may be others."""
+    from harness import distributed
+    from harness.engine.open import open_engine
+
+    run = run_file(micro_batch=2, precision=precision, stages=stages)
+    if accumulate_in:
+        run = run.model_copy(update={"train": run.train.model_copy(update={"accumulate_in": accumulate_in})})
+    merged = ds_config(name, run, ranks=distributed.size() // stages, nvme="unused")
+    merged["zero_optimization"] |= {**zero, **({} if stage is None else {"stage": stage})}
+    return open_engine(run, tiny_config(kind), copy.deepcopy(merged), device=torch.device("cpu"), weights=None)
+
+
+def batch_of(step: int, *, micro_batch: int = 2) -> Any:
+    """This rank's part of a step's rows."""
+    from harness import distributed
+
+    rows = random_rows(step, rows=ROWS, length=LENGTH, vocabulary=VOCABULARY)
+    return cut(rows, micro_batch=micro_batch, rank=distributed.rank(), ranks=distributed.size())
+
+
 def train(name: str, kind: str, micro_batch: int, options: dict[str, Any]) -> dict[str, Any]:
     """Train STEPS steps on this rank; every rank returns losses, norms and weights."""
     from harness import distributed

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PretrainedConfig
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sdpa_mask
 
 from harness.config.load import Loaded
@@ -233,11 +234,22 @@ def test_auto_takes_what_fits(capable, monkeypatch):
     assert chosen("auto", "llama", width=64, dropout=0.1) == "sdpa", "neither has dropout"
     assert chosen("auto", "mistral", width=96, sliding_window=8) == "sdpa", "nor heads 24 wide"
     assert chosen("auto", "mistral", width=32, sliding_window=8) == "sdpa", "flex attention takes no heads 8 wide"
+    assert chosen("auto", "gemma4_text", width=64, head_dim=16, global_head_dim=32) == "sdpa", "its layers have heads of two widths"
+    assert chosen("auto", "gemma4_text", width=64, head_dim=16, global_head_dim=16) == "flex_attention"
     monkeypatch.setattr(attention, "gpu_obstacle", lambda config: "no kernel")
     assert chosen("auto", "llama", width=64) == "flex_attention"
     assert chosen("auto", "gpt2", width=64) == "sdpa", "transformers' GPT-2 has no flex attention"
     monkeypatch.setattr(attention.shutil, "which", lambda name: None)
     assert chosen("auto", "llama", width=64) == "sdpa"
+
+
+def test_a_model_with_code_of_its_own_computes_it_as_all_can(capable):
+    """transformers raises where such a class does not say that it can do sdpa."""
+
+    class Own(PretrainedConfig):
+        model_type = "own"
+
+    assert choose_attention("auto", Own(), device_type="cuda", precision="bf16", sequence_length=LENGTH) == "eager"
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flex_attention"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.model.attention import layer_heads
 from harness.model.flops import flops_per_token, peak_flops
+from harness.model.partition import skeleton
 from harness.testing.models import tiny_config
 
 LENGTH = 64
@@ -41,6 +43,16 @@ def test_a_tied_embedding_counts_once_and_another_not():
     apart = AutoModelForCausalLM.from_config(config)
     assert flops_per_token(tied, LENGTH) == flops_per_token(apart, LENGTH)
     assert sum(p.numel() for p in apart.parameters()) > sum(p.numel() for p in tied.parameters())
+
+
+def test_layers_whose_heads_differ():
+    from transformers import CONFIG_MAPPING
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = CONFIG_MAPPING["gemma4_text"](**sizes, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=320, hidden_size_per_layer_input=8)
+    assert layer_heads(config) == [(4, 8)] * 5 + [(4, 16)]
+    model = skeleton(config)
+    assert flops_per_token(model, 2 * LENGTH) - flops_per_token(model, LENGTH) == 12 * LENGTH * 4 * (5 * 8 + 16)
 
 
 @pytest.mark.parametrize(("gpu", "precision", "peak"), [

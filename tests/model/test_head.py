@@ -78,6 +78,26 @@ def test_in_bf16_it_is_as_exact_as_transformers():
     assert 0 < error(ours, true) <= 1.1 * error(theirs, true)
 
 
+def test_in_fp16_the_sum_over_many_tokens_does_not_overflow():
+    """A direction in which all hidden states are large, and a word that many tokens become: their sum is no number of fp16, their mean is."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 4096, 16, generator=generator) * 0.5, torch.randn(100, 16, generator=generator) * 0.02
+    hidden[..., 5], labels = 60.0, torch.randint(0, 100, (1, 4096), generator=generator)
+    labels[:, :1400] = 7
+    slopes = []
+    for precision, chunked in ((torch.float32, False), (torch.float16, True)):
+        states, part = hidden.to(precision), torch.nn.Linear(16, 100, bias=False, dtype=precision)
+        part.weight.data.copy_(weight)
+        if chunked:
+            part.__class__, part.labels = ChunkedHead, labels
+            loss = part(states)[0]
+        else:
+            loss = torch.nn.functional.cross_entropy(part(states)[0, :-1], labels[0, 1:], reduction="sum")
+        (loss / 4096 * 16).backward()
+        slopes.append(part.weight.grad.double())
+    assert slopes[0].abs().max() > 100 and error(slopes[1], slopes[0]) <= 1e-3
+
+
 def test_an_evaluation_counts_what_is_right():
     plain, chunked = pair("gpt2", width=64)
     inputs = rows()
