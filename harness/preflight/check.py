@@ -16,13 +16,14 @@ from harness.log import say
 from harness.model.configure import check_fit, load_config
 
 
-def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False) -> dict[str, Any]:
+def check(loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True, speak: bool = True, ahead: bool = False) -> dict[str, Any]:
     """Check everything; prepare the data when they are not prepared yet.
 
     Args:
         loaded: the run file.
         ranks: ranks that will train.
         has_gpu: whether they have GPUs.
+        here: the run is on this machine; otherwise only the folders of data and model are looked at.
         speak: announce the preparation.
         ahead: let it go on in the background where training can begin before it is done.
 
@@ -32,7 +33,7 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahea
     Raises:
         Refused: with the first thing that is wrong.
     """
-    rules.check(loaded, ranks=ranks, has_gpu=has_gpu)
+    rules.check(loaded, ranks=ranks, has_gpu=has_gpu, here=here)
     config = load_config(loaded)
     if loaded.run.data.sets is None and prepared_index(loaded.run) is None:
         _prepare(loaded, speak=speak, ahead=ahead)
