@@ -7,7 +7,7 @@ from pathlib import Path
 
 HARNESS = Path(__file__).resolve().parents[1] / "harness"
 FLOORS = [
-    {"errors", "files", "memory", "units", "world", "log", "heartbeat", "above", "shared_memory", "collector"},
+    {"errors", "files", "memory", "cgroup", "units", "world", "log", "heartbeat", "above", "shared_memory", "collector"},
     {"config", "formats"},
     {"distributed"},
     {"data", "model", "telemetry", "launch"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -23,6 +26,20 @@ def test_every_command_of_the_readme_parses(repository):
     assert len(commands) >= 3
     for command in commands:
         build_parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_launches_over_several_hosts_are_shown_and_not_refused(repository, tmp_path):
+    """With two hosts of eight slots; a program of MPI is looked for, nothing is started."""
+    (tmp_path / "launch").symlink_to(repository / "launch")
+    (tmp_path / "hosts").write_text("gpu-a slots=8\ngpu-b slots=8\n")
+    (tmp_path / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    commands = [shlex.split(line) for line in re.findall(r"^harness launch .*--on .*$", _readme(repository), re.MULTILINE)]
+    assert sorted(words[words.index("--on") + 1] for words in commands) == ["hosts", "kubernetes", "mpi", "slurm"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words in commands:
+        shown = subprocess.run([sys.executable, "-m", *words, "--print"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, f"{shlex.join(words)}\n{shown.stderr}"
 
 
 def test_every_verb_is_in_the_readme(repository):

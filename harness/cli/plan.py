@@ -25,28 +25,27 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check all, then print the merged configuration, the batch equation and the memory."""
-    from harness.launch import local
     from harness.model.build import num_parameters
     from harness.model.partition import skeleton
     from harness.preflight.check import check
     from harness.preflight.memory import plan_memory
+    from harness.preflight.place import where
     from harness.preflight.stages import plan_stages
     from harness.train.attempt import check_same_run
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loaded = load(arguments.run_file, arguments.overrides)
-    gpus = 0 if loaded.run.engine.device == "cpu" else local.num_gpus()
-    ranks = arguments.ranks or loaded.run.launch.ranks or max(1, gpus)
-    facts = check(loaded, ranks=ranks, has_gpu=gpus > 0, makes=False)
+    place = where(loaded, arguments.ranks)
+    facts = check(loaded, ranks=place.ranks, has_gpu=place.has_gpu, here=place.here, makes=False)
     check_same_run(loaded)
     stages = loaded.run.engine.pipeline_stages
-    batch = batch_equation(loaded, ranks // stages)
+    batch = batch_equation(loaded, place.ranks // stages)
     ds_config = merge(loaded, batch)
     parameters = num_parameters(skeleton(facts["config"]))
     cut = plan_stages(loaded.run, facts["config"], batch) if stages > 1 else []
     memory = plan_memory(
         max((stage.parameters for stage in cut), default=parameters), ds_config, precision=loaded.run.train.precision, ranks=batch.ranks,
-        local_ranks=min(ranks, max(1, gpus or ranks)), all_parameters=parameters,
+        local_ranks=place.local_ranks, all_parameters=parameters,
     )
     console = Console(markup=False, emoji=False)
     table = Table("what", "value", title=f"plan of {arguments.run_file}", title_justify="left")

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from harness import collector, files
+from harness import cgroup, collector, files
 from harness.config.schema import Data, RunFile
 from harness.data import backends, builtin, sources, workers
 from harness.data.audit import Audit, sample_rows
@@ -166,7 +166,7 @@ def _make_sets(run: RunFile, folder: Path, cache: Path, *, progress: bool, execu
 
 def _local_executor(data: Data, text_bytes: int, num_shards: int) -> AbstractContextManager[Executor | None]:
     """What is soonest done: threads for little text, processes for much, one after the other for chat templates, which know no threads."""
-    processes = min(data.num_processes or (1 if text_bytes <= ALONE_BYTES else workers.cores()), num_shards)
+    processes = min(data.num_processes or (1 if text_bytes <= ALONE_BYTES else cgroup.cores()), num_shards)
     if processes > 1:
         return workers.local_processes(processes)
     return nullcontext() if data.shape == "messages" or num_shards == 1 else workers.local_threads()

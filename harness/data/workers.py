@@ -15,14 +15,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from harness.cgroup import cores
+
 TOKENIZER_THREADS = "FASTOKENS_BPE_THREADS"
 THREADS = ("RAYON_NUM_THREADS", TOKENIZER_THREADS, "OMP_NUM_THREADS", "ARROW_NUM_THREADS")
 MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def mpi_ranks() -> int:

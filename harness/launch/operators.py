@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from harness import cgroup
 from harness.errors import Failure
 from harness.launch import locks, prebuilt
 from harness.log import say
@@ -78,7 +79,7 @@ def environment(*, ranks: int = 0) -> dict[str, str]:
     """
     programs = str(Path(sys.prefix) / "bin")
     path = os.environ.get("PATH", "")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if ranks else 1
+    threads = max(1, cgroup.cores() // ranks) if ranks else 1
     values = {
         "TORCH_EXTENSIONS_DIR": str(folder()),
         "PATH": path if path.split(":")[0] == programs else f"{programs}:{path}",

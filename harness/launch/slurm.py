@@ -24,6 +24,7 @@ _SCRIPT = """\
 #!/bin/bash
 {directives}
 # Written by `harness launch --on slurm`: one node starter a node. When the run can be resumed, the job goes back into the queue by itself.
+# Given to sbatch by hand, it wants the folder of its logs, without which it ends and leaves no word: mkdir -p {logs}
 # shellcheck disable=SC2016 # what a run's words hold is not for the shell
 set -u
 
@@ -108,7 +109,7 @@ def render(plan: JobPlan, slurm: Slurm, *, python: str, folder: Path) -> str:
     starter = plan.starter(python="PYTHON", master="MASTER", job="JOB")
     words = {"PYTHON": '"$python"', "MASTER": '"$master:$port"', "JOB": '"$job"'}
     return _SCRIPT.format(
-        directives="\n".join(f"#SBATCH {line}" for line in lines), run_dir=shlex.quote(run_dir), python=shlex.quote(python),
+        logs=shlex.quote(f"{run_dir}/launch"), directives="\n".join(f"#SBATCH {line}" for line in lines), run_dir=shlex.quote(run_dir), python=shlex.quote(python),
         first_port=_PORTS[0], num_ports=_PORTS[1], stragglers=_STRAGGLERS_S, node_log=shlex.quote(f"{run_dir}/launch/slurm-%j-node%n.log"),
         starter=" ".join(words.get(word) or shlex.quote(word) for word in starter), restarts=plan.restarts,
     )

@@ -17,13 +17,16 @@ from harness.log import say
 from harness.model.configure import check_length, check_vocabulary, load_config, load_tokenizer, max_positions
 
 
-def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahead: bool = False, makes: bool = True) -> dict[str, Any]:
+def check(
+    loaded: Loaded, *, ranks: int, has_gpu: bool, here: bool = True, speak: bool = True, ahead: bool = False, makes: bool = True
+) -> dict[str, Any]:
     """Check everything; prepare the data when they are not prepared yet.
 
     Args:
         loaded: the run file.
         ranks: ranks that will train.
         has_gpu: whether they have GPUs.
+        here: the run is on this machine; otherwise only the folders of data and model are looked at.
         speak: announce the preparation.
         ahead: let it go on in the background where training can begin before it is done.
         makes: prepare them; otherwise what only prepared data tell is left out.
@@ -34,7 +37,7 @@ def check(loaded: Loaded, *, ranks: int, has_gpu: bool, speak: bool = True, ahea
     Raises:
         Refused: with the first thing that is wrong.
     """
-    rules.check(loaded, ranks=ranks, has_gpu=has_gpu)
+    rules.check(loaded, ranks=ranks, has_gpu=has_gpu, here=here)
     config = load_config(loaded)
     check_length(config, loaded=loaded)
     _stages(loaded, config)

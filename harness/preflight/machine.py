@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from harness import cgroup
 from harness.config.deepspeed import offload_device, read_deepspeed
 from harness.config.load import Loaded
 from harness.errors import Refused
@@ -122,7 +122,7 @@ def refuse_unfit(loaded: Loaded, *, hosts: int = 1) -> None:
 
 
 def _quick(purpose: Purpose, *, gpu: bool) -> list[Finding]:
-    ranks = purpose.ranks or (operators.num_gpus() if gpu else min(2, len(os.sched_getaffinity(0))))
+    ranks = purpose.ranks or (operators.num_gpus() if gpu else min(2, cgroup.cores()))
     return [
         shared_memory.room(ranks=ranks, gpu=gpu),
         host.open_files(),

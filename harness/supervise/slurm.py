@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -16,6 +17,8 @@ from harness.supervise import follow
 
 POLL_S = 2.0
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "GONE"}
+_KEPT = ("SLURM_CONF", "SLURM_JWT")
+"""Where the cluster is and who asks; all else of Slurm's own variables describes a job that this process may be in, and srun would read it."""
 _LOOKS = 2
 """How often in a row a job must be seen ended: one that goes back into the queue may look so for a moment."""
 
@@ -73,7 +76,7 @@ def submit(script: str, run_dir: Path) -> SlurmJob:
     path = folder / "job.sbatch"
     files.write_text(path, script)
     submitted = time.time()
-    told = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    told = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, env=_outside_of_jobs())
     if told.returncode:
         remedy = "Correct launch.slurm; `sinfo` shows partitions and their limits."
         raise Refused(f"sbatch refuses the job: {told.stderr.strip()}", where=str(path), remedy=remedy)
@@ -81,6 +84,10 @@ def submit(script: str, run_dir: Path) -> SlurmJob:
     files.write_json(memory, {"number": job.number, "submitted": job.submitted})
     say(f"Submitted job {job.number}; logs: {folder}/slurm-{job.number}*.log. End it with: scancel {job.number}")
     return job
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
 
 
 def wait(job: SlurmJob, *, show_log: bool) -> int:

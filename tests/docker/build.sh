@@ -79,17 +79,18 @@ pip_mounts() { # the options that make pip in the build see what pip sees here
 }
 
 as_a_pod() { # ROOT COMMAND ...: in namespaces of its own, with the image's settings and nothing else
-  local root=$1
+  local root=$1 tmp
   shift
+  tmp=noexec,nosuid,nodev,$(sed -n 's/^  tmpfs: \["\/tmp:\([a-z,]*\)"\].*/\1/p' docker/compose.yaml) # docker's own, then those that are documented
   # shellcheck disable=SC2016  # for the inner shell
-  unshare --mount --pid --fork --net --ipc --uts --kill-child bash -euo pipefail -c '
+  tmp=$tmp unshare --mount --pid --fork --net --ipc --uts --kill-child bash -euo pipefail -c '
     root=$1; shift
     ip link set lo up
     mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
-    mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+    mount -t tmpfs -o "mode=1777,$tmp" tmpfs "$root/tmp"
     mount --bind "$0" "$root/work"
     mount -o remount,bind,ro "$root"
     exec chroot --userspec=10001:10001 "$root" env -i --chdir=/work "$@"' "$place/work" "$root" "$@"
@@ -117,5 +118,7 @@ mapfile -t image < <(settings)
 as_a_pod "$root" "${image[@]}" harness --version
 # shellcheck disable=SC2016  # for the inner shell
 as_a_pod "$root" "${image[@]}" bash -c '! touch /opt/harness/x 2>/dev/null && [ "$(id -u)" = 10001 ] && [ $$ = 1 ]'
+# shellcheck disable=SC2016  # for the inner shell
+as_a_pod "$root" "${image[@]}" bash -c 'cp "$(python -c "import _ctypes; print(_ctypes.__file__)")" /tmp/x.so && python -c "import ctypes; ctypes.CDLL(\"/tmp/x.so\")"'
 as_a_pod "$root" "${image[@]}" python -m harness.cli.quickstart
 echo "built and run after $((SECONDS - began)) s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import json
 import os
 import subprocess
@@ -47,6 +48,21 @@ def test_every_container_is_held_in(services, tmp_path):
         assert service["user"].split(":")[0] not in ("", "0", "root"), name
         assert [(volume["source"], volume["target"]) for volume in service["volumes"]] == [(str(tmp_path), "/work")], name
         assert ":" in service["image"] and not service["image"].endswith(":latest"), name
+
+
+def test_what_is_compiled_in_tmp_can_be_loaded(services, repository, tmp_path):
+    """Mounted as docker does it, its own options first."""
+    documented = [line.split("--tmpfs ")[1].split()[0] for line in (repository / "README.md").read_text().splitlines() if line.startswith("docker run")]
+    mounts = {*documented, *(mount for service in services.values() for mount in service["tmpfs"])}
+    assert len(mounts) == 1 and len(documented) == 2
+    folder, _, options = mounts.pop().partition(":")
+    assert folder == "/tmp"
+    script = f"""mount -t tmpfs -o noexec,nosuid,nodev,{options} tmpfs "$1" && cp "$2" "$1/x.so" && "$3" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$1/x.so" """
+    words = ["sh", "-c", script, "sh", str(tmp_path), _ctypes.__file__, sys.executable]
+    if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], check=False).returncode:
+        pytest.skip("no mounts of one's own here")
+    told = subprocess.run(["unshare", "--map-root-user", "--mount", *words], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
 
 
 def test_tensorboard_is_seen_from_this_machine_alone(services):

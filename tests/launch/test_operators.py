@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from harness import cgroup
 from harness.errors import Failure
 from harness.launch import locks, operators
 
@@ -121,7 +122,7 @@ def test_the_environment_of_a_rank(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(operators, "_present_gpus", lambda: 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(cgroup, "cores", lambda: 8)
     values = operators.environment(ranks=2)
     assert values["PATH"] == f"{sys.prefix}/bin:/usr/bin"
     assert values["OMP_NUM_THREADS"] == "4"

@@ -56,6 +56,17 @@ def test_what_sbatch_refuses_is_told(programs, tmp_path):
         slurm.submit("#!/bin/bash\n", tmp_path / "run")
 
 
+def test_a_job_hears_nothing_of_the_job_that_submits_it(programs, tmp_path, monkeypatch):
+    """An interactive job with --mem-per-cpu would clash with the memory of the new one."""
+    inherited = {"SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_ID": "3", "SRUN_DEBUG": "3", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"}
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    programs("sbatch", f"env > {tmp_path}/told; echo 8")
+    slurm.submit("one\n", tmp_path)
+    told = dict(line.split("=", 1) for line in (tmp_path / "told").read_text().splitlines() if "=" in line)
+    assert {name: told.get(name) for name in inherited} == {name: inherited[name] if name in ("SLURM_CONF", "SBATCH_ACCOUNT") else None for name in inherited}
+
+
 def test_a_job_that_is_in_the_queue_is_taken_up(programs, tmp_path):
     programs("sbatch", "echo 8")
     programs("squeue", "echo PENDING")
