@@ -30,6 +30,14 @@ class Pending:
     segments: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
 
+    def before(self) -> list[str]:
+        """The segment before each one in its document; empty before the first."""
+        before, first = ["", *self.texts][:-1], 0
+        for count in self.segments:
+            before[first] = ""
+            first += count
+        return before
+
 
 @dataclass(frozen=True)
 class Documents:

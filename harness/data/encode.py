@@ -196,7 +196,11 @@ class _Gathering:
     def tokenise(self) -> None:
         """Make documents of what is pending."""
         job, begin = self.job, 0
-        ids, offsets = self.backend.encode([text for side in self.sides.values() for text in side.pending.texts])
+        texts = [text for side in self.sides.values() for text in side.pending.texts]
+        if self.backend.leads is None:
+            ids, offsets = self.backend.encode(texts)
+        else:
+            ids, offsets = self.backend.encode_amid(texts, [text for side in self.sides.values() for text in side.pending.before()])
         for side in self.sides.values():
             own = offsets[begin : begin + len(side.pending.texts) + 1]
             begin += len(side.pending.texts)

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness import collector, files
 from harness.config.schema import Data, RunFile
-from harness.data import backends, builtin, sources, workers
+from harness.data import backends, builtin, leads, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
@@ -44,6 +44,8 @@ def fingerprint(run: RunFile) -> str:
     else:
         parts.append(f"share {data.validation_share} seed {run.train.seed}")
     parts.append(f"bpe {data.train_tokenizer.vocab_size}" if data.train_tokenizer else _tokenizer_digest(data.tokenizer or run.model.path))
+    if leads.may_be_needed(Path(data.dir) / "tokenizer"):
+        parts.append(f"leads {leads.VERSION}")
     return files.digest_text(*parts)
 
 
