@@ -106,7 +106,7 @@ class Data(Section):
         16, description="Shards whose rows are shuffled together: more mix better, fewer are needed at a time."
     )
     broken_rows: Literal["refuse", "drop"] = fixed("refuse", description="A row that cannot be read is refused, or dropped and counted.")
-    max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
+    max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped, also for their length.")
     accept_appended: bool = free(False, description="Go on when shards were added since the run began: a new epoch over all rows begins.")
     num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core, and this one alone where there is little text.")
 

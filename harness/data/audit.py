@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.data.losses import LONGER
 from harness.data.rows import RowTable
 from harness.units import format_bytes
 
@@ -33,12 +34,13 @@ class Audit:
                 "rows in": index.audit["rows_in"],
                 "documents": sum(s.rows for s in shards),
                 **{f"dropped: {cause}": count for cause, count in index.audit["dropped"].items()},
-                **({"dropped: longer than a row": table.summary.dropped} if table.summary.dropped else {}),
+                **({f"dropped: {LONGER}": table.summary.dropped} if table.summary.dropped else {}),
                 **({"truncated": table.summary.truncated} if table.summary.truncated else {}),
                 "duplicates (kept)": index.audit["duplicates"],
                 "tokens": sum(s.tokens for s in shards),
                 "trained tokens": sum(s.trained_tokens for s in shards),
                 f"rows of {table.sequence_length}": table.num_rows,
+                **({"rows without a trained token": table.summary.untrained} if table.summary.untrained else {}),
                 "filled": f"{table.filled_share:.1%}",
                 "shards": len(shards),
                 "on disk": format_bytes(sum(s.bytes for s in shards)),

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness import collector, files
 from harness.config.schema import Data, RunFile
-from harness.data import backends, builtin, leads, sources, workers
+from harness.data import backends, builtin, leads, losses, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
@@ -79,7 +79,7 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
         the audit, to render.
 
     Raises:
-        Refused: whatever is wrong with a source, the tokenizer or the rows.
+        Refused: whatever is wrong with a source, the tokenizer or the rows, also those of sets that are there.
     """
     folder = Path(run.data.dir)
     tokenizer = None
@@ -88,7 +88,10 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
             if prepared_index(run) is None:
                 tokenizer = _make(run, folder, progress=progress, executor=executor)
             _tidy(folder)
-    return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", tokenizer, count=3))
+    tables = {name: RowTable.of_run(run, name) for name in SETS}
+    for name, table in tables.items():
+        losses.refuse(run.data, name, table.index, table.summary)
+    return Audit(folder, tables, sample_rows(folder / "train", tokenizer, count=3))
 
 
 @contextmanager
