@@ -48,7 +48,7 @@ class Audit:
         return facts
 
     def render(self) -> Any:
-        """A rich renderable: the table, and sample rows with the trained text marked."""
+        """A rich renderable: the table, what is worth a look, and sample rows with the trained text marked."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -58,16 +58,20 @@ class Audit:
         for row in dict.fromkeys(key for values in facts.values() for key in values):
             cells = [values.get(row, 0) for values in facts.values()]
             table.add_row(row, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells))
+        notes = [
+            Text(f"The first {kind} ({name}): {place}", style="yellow")
+            for name, rows in self.tables.items() for kind, place in rows.index.audit.get("firsts", {}).items()
+        ]
         samples = []
         for number, pieces in enumerate(self.samples, 1):
             text = Text(f"sample {number} (trained text is marked): ", style="dim")
             for piece, trained in pieces:
                 text.append(piece, style="bold green" if trained else "default")
             samples.append(text)
-        return Group(table, *samples)
+        return Group(table, *notes, *samples)
 
 
-def sample_rows(folder: Path, tokenizer: Any = None, *, count: int, longest: int = 400) -> list[list[tuple[str, bool]]]:
+def sample_rows(folder: Path, tokenizer: Any = None, *, count: int, longest: int = 400, trust_code: bool = False) -> list[list[tuple[str, bool]]]:
     """The first, middle and last document of a set, as text with its trained parts, shortened to `longest` characters."""
     import datasets
 
@@ -75,7 +79,7 @@ def sample_rows(folder: Path, tokenizer: Any = None, *, count: int, longest: int
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer", trust_remote_code=trust_code)
     chosen = sorted({round(i * (len(documents) - 1) / max(1, count - 1)) for i in range(count)}) if len(documents) else []
     return [_pieces(documents[number], tokenizer, longest) for number in chosen]
 

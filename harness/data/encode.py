@@ -21,7 +21,7 @@ from harness.data.examples import key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
-from harness.data.template import Template
+from harness.data.template import Template, first_line
 from harness.errors import Refused
 from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
@@ -29,6 +29,7 @@ from harness.formats.index import ShardEntry, ShardFile, ShardSource
 EMPTY = "a part is empty or missing"
 KNOWN = "its question is in the training set"
 UNREADABLE = "cannot be read"
+REFUSED = "refused by the chat template"
 BATCH_CHARACTERS = 4 << 20
 """So much text is tokenised at a time: little enough to be in the processor's cache still, and for its memory to be used again."""
 
@@ -66,6 +67,7 @@ class ShardJob:
         start: tokens before every text.
         ends: tokens that end an answer, the end of text first.
         wide: int32 instead of uint16 tokens.
+        trust_code: run code that ships with the tokenizer.
         watch: uint64 array of questions; those that are met are reported.
         exclude: uint64 array of questions whose rows are left out.
     """
@@ -81,18 +83,20 @@ class ShardJob:
     start: list[int]
     ends: list[int]
     wide: bool
+    trust_code: bool = False
     watch: Path | None = None
     exclude: Path | None = None
 
 
 @dataclass
 class Side:
-    """What a shard gives to one set, and what was left out of it."""
+    """What a shard gives to one set, and what was left out of it; of some kinds of rows the first, as its number in the shard and a text."""
 
     pending: Pending = field(default_factory=Pending)
     made: list[Documents] = field(default_factory=list)
     rows_in: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
@@ -116,7 +120,7 @@ def _made(job: ShardJob) -> dict[str, dict[str, Any]]:
         entry = write_shard(where.folder, job, where.fingerprint, documents, counts)
         save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
         results[which] = {
-            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped),
+            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped), "firsts": side.firsts,
             "broken": gathering.broken if side is gathering.first else [], "met": sorted(gathering.met),
         }
     for which, result in results.items():
@@ -140,10 +144,10 @@ def _finished(job: ShardJob) -> dict[str, dict[str, Any]] | None:
 
 
 @lru_cache(maxsize=1)
-def _chat_tokenizer(folder: Path) -> Any:
+def _chat_tokenizer(folder: Path, *, trust_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
 
 
 def held_out(seed: int, share: float, key: int) -> bool:
@@ -162,7 +166,7 @@ class _Gathering:
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
         self.met: set[int] = set()
         self.broken: list[str] = []
-        self.tokenizer = _chat_tokenizer(job.tokenizer) if job.template.chat else None
+        self.tokenizer = _chat_tokenizer(job.tokenizer, trust_code=job.trust_code) if job.template.chat else None
 
     def add(self, record: Any, number: int) -> None:
         """Give a record to a side, or count why it is left out."""
@@ -179,8 +183,9 @@ class _Gathering:
             return
         try:
             segments = self.job.template.segments(example, self.tokenizer)
-        except Exception:  # a chat template may refuse a conversation
-            self.leave_out(side, "refused by the chat template")
+        except Exception as error:  # a chat template may refuse a conversation
+            self.leave_out(side, REFUSED)
+            side.firsts.setdefault(REFUSED, (number, first_line(error)))
             return
         side.rows_in += 1
         pending = side.pending

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from harness.config.schema import Data
-from harness.data.encode import KNOWN
+from harness.data.encode import KNOWN, UNREADABLE
 from harness.data.plans import Summary
 from harness.errors import Refused
 from harness.formats.index import ShardSetIndex
@@ -30,16 +30,17 @@ def refuse(data: Data, name: str, index: ShardSetIndex, summary: Summary) -> Non
     dropped = Counter(index.audit["dropped"] if data.sets is None else {}) + Counter({LONGER: summary.dropped})
     where = f"data.{name}" if data.sets is None else "data.sets"
     causes = ", ".join(f"{count} because {cause}" for cause, count in dropped.most_common())
+    firsts = {UNREADABLE: next(iter(index.audit.get("broken", ())), None), **index.audit.get("firsts", {})}
+    first = "".join(f" The first {cause if cause != UNREADABLE else f'that {cause}'}: {firsts[cause]}." for cause in dropped if firsts.get(cause))
     if sum(index.columns["trained_tokens"]) == 0:
         detail = f" ({causes})" if causes else ""
-        raise Refused(f"The {name} set has no row with a trained token{detail}.", where=where,
+        raise Refused(f"The {name} set has no row with a trained token{detail}.{first}", where=where,
                       remedy="Check data.shape, data.columns and data.template" + (", or raise data.validation_share." if name == "validation" else "."))
     if sum(summary.trained) == 0:
         raise Refused(f"No row of {data.sequence_length} tokens of the {name} set has a trained token: all of them stand further back.",
                       where="data.sequence_length, data.long_documents", remedy="Raise data.sequence_length, or set data.long_documents=cut.")
     lost, rows_in = dropped.total() - dropped[KNOWN], index.audit["rows_in"]
     if rows_in and lost / rows_in > data.max_dropped_share:
-        first = next((f" The first that cannot be read: {place}." for place in index.audit.get("broken", ())), "")
         remedy = "Raise data.sequence_length, set data.long_documents=cut" if dropped[LONGER] else "Mend the rows"
         raise Refused(f"{lost} of {rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=where,
                       remedy=f"{remedy}, or raise data.max_dropped_share.")

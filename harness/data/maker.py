@@ -49,6 +49,15 @@ class Made:
         """Rows left out, by cause."""
         return sum((Counter(part["dropped"]) for part in self.parts), Counter())
 
+    def firsts(self, entries: list[ShardEntry]) -> dict[str, str]:
+        """Of each kind of row that is worth a look, the first: file, row and what it is."""
+        found: dict[str, str] = {}
+        for part, entry in zip(self.parts, entries, strict=True):
+            for kind, (record, text) in part.get("firsts", {}).items():
+                file, row = entry.origin(record)
+                found.setdefault(kind, f"{file}:{row + 1} {text}")
+        return found
+
     @property
     def rows_in(self) -> int:
         """Rows of the source."""
@@ -100,7 +109,7 @@ class Maker:
         return Draft(
             fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            template=self.template.to_dict(), tokenizer=[ShardFile.of(path) for path in sorted((self.folder / "tokenizer").iterdir())], num_shards=num_shards,
+            template=self.template.to_dict(), tokenizer=ShardFile.below(self.folder / "tokenizer"), num_shards=num_shards,
         )
 
     def _shards(self, groups: list[Group], backend: str, names: tuple[str, ...], **keys: Path) -> dict[str, Made]:
@@ -110,7 +119,7 @@ class Maker:
                 shard_name(number), group, self.run.data, self.run.train.seed,
                 {name: SideJob(self.folder / name, set_fingerprint(self.base, backend, name)) for name in names},
                 self.folder / "tokenizer", backend, self.template, [] if self.template.chat else start_ids(self.tokenizer),
-                self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, **keys,
+                self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, self.run.model.trust_code, **keys,
             )
             for number, group in enumerate(groups)
         ]
@@ -133,7 +142,7 @@ class Maker:
         entries = _numbered([ShardEntry.model_validate(part["entry"]) for part in made.parts])
         broken = [place for part in made.parts for place in part["broken"]]
         audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(self.folder / name / "parts", entries),
-                 **({"broken": broken[:20]} if broken else {})}
+                 **({"broken": broken[:20]} if broken else {}), **({"firsts": firsts} if (firsts := made.firsts(entries)) else {})}
         return draft.index(entries, audit)
 
     def _plan(self, index: ShardSetIndex, name: str) -> Summary:

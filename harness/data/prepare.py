@@ -54,7 +54,8 @@ def _tokenizer_digest(name: str | None) -> str:
     if not folder.is_dir():
         return f"hub {name}"
     names = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja") and p.name not in ("config.json", "generation_config.json", "harness.json"))
-    return files.digest_text(*(f"{p.name} {files.digest_file(p)}" for p in names))
+    names += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return files.digest_text(*(f"{p.relative_to(folder)} {files.digest_file(p)}" for p in names))
 
 
 def prepared_index(run: RunFile) -> ShardSetIndex | None:
@@ -91,7 +92,7 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
     tables = {name: RowTable.of_run(run, name) for name in SETS}
     for name, table in tables.items():
         losses.refuse(run.data, name, table.index, table.summary)
-    return Audit(folder, tables, sample_rows(folder / "train", tokenizer, count=3))
+    return Audit(folder, tables, sample_rows(folder / "train", tokenizer, count=3, trust_code=run.model.trust_code))
 
 
 @contextmanager
