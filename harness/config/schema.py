@@ -5,6 +5,7 @@ A field is `free` when it may change between the attempts of one run, and `fixed
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,7 @@ class Data(Section):
     columns: Columns = fixed(Columns())
     template: TemplateSpec = fixed(TemplateSpec(), description="Used with `shape: prompt_completion`.")
     tokenizer: str | None = fixed(None, description="Folder or hub name; by default that of `model.path`.")
+    date: datetime.date | None = fixed(None, description="The day that a chat template writes which asks for today's; kept in the tokenizer of the set and of exports.")
     train_tokenizer: Bpe | None = fixed(None, description="Train a byte-level BPE instead, kept in `dir/tokenizer`.")
     sequence_length: Annotated[int, Field(ge=8)] = fixed(1024, description="Tokens in a row.")
     packing: Literal["none", "best_fit"] = fixed("best_fit", description="One document a row, or several packed into it.")

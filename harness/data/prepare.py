@@ -15,7 +15,7 @@ from typing import Any
 
 from harness import collector, files
 from harness.config.schema import Data, RunFile
-from harness.data import backends, builtin, leads, losses, sources, workers
+from harness.data import backends, builtin, dates, leads, losses, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
@@ -44,9 +44,16 @@ def fingerprint(run: RunFile) -> str:
     else:
         parts.append(f"share {data.validation_share} seed {run.train.seed}")
     parts.append(f"bpe {data.train_tokenizer.vocab_size}" if data.train_tokenizer else _tokenizer_digest(data.tokenizer or run.model.path))
-    if leads.may_be_needed(Path(data.dir) / "tokenizer"):
-        parts.append(f"leads {leads.VERSION}")
+    parts += _of_prepared(Path(data.dir) / "tokenizer", data)
     return files.digest_text(*parts)
+
+
+def _of_prepared(tokenizer: Path, data: Data) -> list[str]:
+    """What changes a byte under some tokenizers only, of which one from the hub is known once it is there."""
+    found = [f"leads {leads.VERSION}"] if leads.may_be_needed(tokenizer) else []
+    if data.shape == "messages":
+        found += [f"date {data.date}"] * (data.date is not None) + ["open date"] * dates.are_open(tokenizer)
+    return found
 
 
 def _tokenizer_digest(name: str | None) -> str:
@@ -199,6 +206,8 @@ def _save_tokenizer(run: RunFile, folder: Path, train: list[Group]) -> Any:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise Refused(f"The tokenizer of {name!r} has no end-of-text token, so answers could never stop.", where=where, remedy="Set its eos_token.")
+    if data.shape == "messages":
+        dates.pin(tokenizer, data.date, where=where)
     if not (folder.exists() and Path(name).exists() and folder.samefile(name)):
         shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save_pretrained(folder)

@@ -43,7 +43,7 @@ class Changes:
         """
         path, now = run.run_path / FILE, data.facts() if data.train.is_whole else {}
         before = files.read_json(path) if path.is_file() else None
-        if found is None or found[1].data_fingerprint == data.train.fingerprint:
+        if found is None or found[1].data_fingerprint == data.train.fingerprint and not (before and _other_bytes(before, now)):
             return cls(run.run_path, now, "")
         difference = describe(before, now) if before and now else "what was recorded of them is not enough to say more"
         added = _appended(before, now) if before and now else ""
@@ -80,6 +80,12 @@ class Changes:
 
 def _places(run: RunFile) -> str:
     return ", ".join(spec.dir for spec in run.data.sets.values()) if run.data.sets else str(run.data.dir)
+
+
+def _other_bytes(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a shard holds other bytes than it had under the same fingerprint."""
+    same = [name for name in before.keys() & now.keys() if before[name]["fingerprint"] == now[name]["fingerprint"]]
+    return any(before[name]["shards"] != now[name]["shards"] for name in same)
 
 
 def _appended(before: dict[str, Any], now: dict[str, Any]) -> str:

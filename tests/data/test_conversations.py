@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from datetime import date
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from harness.config.schema import Data
 from harness.data.bpe import train_bpe
 from harness.data.examples import Conversation, key_of, reader
-from harness.data.prepare import fingerprint, prepare
+from harness.data.prepare import fingerprint, prepare, prepared_index
 from harness.data.template import Template, start_ids
 from harness.errors import Refused
 from harness.formats.index import read_index
@@ -327,3 +328,28 @@ def test_code_that_ships_with_a_tokenizer_runs_wherever_it_is_loaded(tmp_path, f
     (tmp_path / "tok" / "own.py").write_text("from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizerFast(PreTrainedTokenizerFast):\n    pass\n")
     _, audit = prepared_with(tmp_path, tokenizer, trust_code=True)
     assert audit.facts() == prepared_with(tmp_path, tokenizer, trust_code=True)[1].facts() and audit.samples
+
+
+LLAMA_DATED = ("{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now(\"%d %b %Y\") %}{%- endif %}{%- endif %}"
+               "{{ 'Today: ' + date_string + '\\n' }}" + CHATML)
+
+
+def test_a_chat_template_that_writes_the_day_is_given_one(tmp_path, folder):
+    tokenizer = tokenizer_with(folder, LLAMA_DATED)
+    with pytest.raises(Refused, match="writes today's date.*\n.*\n.*data.date="):
+        prepared_with(tmp_path, tokenizer)
+    run, _ = prepared_with(tmp_path, tokenizer, date="2024-07-26")
+    prepared = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer")
+    row = datasets.load_from_disk(str(tmp_path / "data" / "train"))[0]
+    ids = row["input_ids"]
+    assert prepared.decode(ids).startswith("Today: 26 Jul 2024\n<|im_start|>system")
+    assert Template.for_messages(prepared).prompt_ids("Hi", prepared)[:9] == ids[:9]
+    assert prepared_index(run) is not None
+    assert prepared_index(run.model_copy(update={"data": run.data.model_copy(update={"date": date(2024, 7, 27)})})) is None
+    (tmp_path / "data" / "tokenizer" / "chat_template.jinja").write_text(LLAMA_DATED)
+    assert prepared_index(run) is None, "a set that was made when templates still wrote today's date"
+
+
+def test_a_day_in_a_format_that_is_computed_is_refused(tmp_path, folder):
+    with pytest.raises(Refused, match="not a plain string"):
+        prepared_with(tmp_path, tokenizer_with(folder, "{{ strftime_now('%d' + '%m') }}" + CHATML), date="2024-07-26")
