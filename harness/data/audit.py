@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.data.losses import LONGER
 from harness.data.rows import RowTable
+from harness.data.specials import OWN
 from harness.units import format_bytes
 
 
@@ -37,6 +38,7 @@ class Audit:
                 **({f"dropped: {LONGER}": table.summary.dropped} if table.summary.dropped else {}),
                 **({"truncated": table.summary.truncated} if table.summary.truncated else {}),
                 "duplicates (kept)": index.audit["duplicates"],
+                **({OWN: index.audit["special"]} if "special" in index.audit else {}),
                 "tokens": sum(s.tokens for s in shards),
                 "trained tokens": sum(s.trained_tokens for s in shards),
                 f"rows of {table.sequence_length}": table.num_rows,
@@ -58,10 +60,7 @@ class Audit:
         for row in dict.fromkeys(key for values in facts.values() for key in values):
             cells = [values.get(row, 0) for values in facts.values()]
             table.add_row(row, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells))
-        notes = [
-            Text(f"The first {kind} ({name}): {place}", style="yellow")
-            for name, rows in self.tables.items() for kind, place in rows.index.audit.get("firsts", {}).items()
-        ]
+        notes = [Text(note, style="yellow") for name, rows in self.tables.items() for note in _notes(name, rows.index.audit)]
         samples = []
         for number, pieces in enumerate(self.samples, 1):
             text = Text(f"sample {number} (trained text is marked): ", style="dim")
@@ -69,6 +68,13 @@ class Audit:
                 text.append(piece, style="bold green" if trained else "default")
             samples.append(text)
         return Group(table, *notes, *samples)
+
+
+def _notes(name: str, audit: dict[str, Any]) -> list[str]:
+    """What is worth a look, with the first row of its kind."""
+    firsts = audit.get("firsts", {})
+    told = [f"{audit['special']:,} rows of {name} hold {OWN}, which become control tokens; the first: {firsts[OWN]}"] if OWN in firsts else []
+    return told + [f"The first row of {name} {kind}: {place}" for kind, place in firsts.items() if kind != OWN]
 
 
 def sample_rows(folder: Path, tokenizer: Any = None, *, count: int, longest: int = 400, trust_code: bool = False) -> list[list[tuple[str, bool]]]:

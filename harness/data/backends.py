@@ -37,12 +37,14 @@ class Backend:
 
     Attributes:
         leads: for tokenizers that begin every text with a space; else None.
+        special: the text of each special token by its id.
     """
 
     def __init__(self, folder: Path, name: str):
         self.name, self._oracle = name, _oracle(folder)
         self._fast = _fast(folder) if name == FAST else None
         self.leads = Leads.of(self._oracle)
+        self.special = {number: token.content for number, token in self._oracle.get_added_tokens_decoder().items() if token.special}
 
     def encode_amid(self, texts: Sequence[str], before: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise segments as they stand in their documents, where the tokenizer needs leads for that.

@@ -30,6 +30,11 @@ class Pending:
     segments: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
 
+    def records_of(self, segments: np.ndarray) -> list[int]:
+        """The records whose documents hold some segments, each once."""
+        documents = np.searchsorted(np.cumsum(self.segments), segments, side="right")
+        return [self.records[number] for number in np.unique(documents).tolist()]
+
     def before(self) -> list[str]:
         """The segment before each one in its document; empty before the first."""
         before, first = ["", *self.texts][:-1], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,7 @@ from harness.data.examples import key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
+from harness.data.specials import OWN, Specials
 from harness.data.template import Template, first_line
 from harness.errors import Refused
 from harness.formats import digest
@@ -90,13 +92,19 @@ class ShardJob:
 
 @dataclass
 class Side:
-    """What a shard gives to one set, and what was left out of it; of some kinds of rows the first, as its number in the shard and a text."""
+    """What a shard gives to one set, what was left out of it, and how many rows hold special tokens; of some kinds of rows the first, by its number."""
 
     pending: Pending = field(default_factory=Pending)
     made: list[Documents] = field(default_factory=list)
     rows_in: int = 0
+    special: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def note_special(self, records: Sequence[int]) -> None:
+        """Count rows with special tokens of their own, given in order."""
+        self.special += len(records)
+        self.firsts.setdefault(OWN, (records[0], ""))
 
 
 def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
@@ -120,7 +128,7 @@ def _made(job: ShardJob) -> dict[str, dict[str, Any]]:
         entry = write_shard(where.folder, job, where.fingerprint, documents, counts)
         save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
         results[which] = {
-            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped), "firsts": side.firsts,
+            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped), "special": side.special, "firsts": side.firsts,
             "broken": gathering.broken if side is gathering.first else [], "met": sorted(gathering.met),
         }
     for which, result in results.items():
@@ -161,6 +169,7 @@ class _Gathering:
     def __init__(self, job: ShardJob):
         self.job, self.sides, self.backend = job, {which: Side() for which in job.sides}, open_backend(job.tokenizer, job.backend)
         self.read, self.characters = reader(job.data), 0
+        self.specials = Specials(self.backend, job.template, job.ends)
         self.first, self.splits = next(iter(self.sides.values())), len(self.sides) > 1
         self.exclude = frozenset(np.load(job.exclude).tolist() if job.exclude else ())
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
@@ -188,6 +197,8 @@ class _Gathering:
             side.firsts.setdefault(REFUSED, (number, first_line(error)))
             return
         side.rows_in += 1
+        if self.tokenizer is not None and self.specials.in_conversation(example):
+            side.note_special([number])
         pending = side.pending
         for text, trained in segments:
             pending.texts.append(text)
@@ -209,6 +220,8 @@ class _Gathering:
         for side in self.sides.values():
             own = offsets[begin : begin + len(side.pending.texts) + 1]
             begin += len(side.pending.texts)
+            if self.tokenizer is None and len(found := self.specials.in_segments(ids[own[0] : own[-1]], own - own[0], np.asarray(side.pending.trained, bool))):
+                side.note_special(side.pending.records_of(found))
             documents, lost = Documents.assemble(ids[own[0] : own[-1]], own - own[0], side.pending, start=job.start, ends=job.ends, wide=job.wide)
             side.made.append(documents)
             if lost:

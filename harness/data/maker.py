@@ -55,7 +55,7 @@ class Made:
         for part, entry in zip(self.parts, entries, strict=True):
             for kind, (record, text) in part.get("firsts", {}).items():
                 file, row = entry.origin(record)
-                found.setdefault(kind, f"{file}:{row + 1} {text}")
+                found.setdefault(kind, f"{file}:{row + 1} {text}".rstrip())
         return found
 
     @property
@@ -141,8 +141,9 @@ class Maker:
         """What the index will say."""
         entries = _numbered([ShardEntry.model_validate(part["entry"]) for part in made.parts])
         broken = [place for part in made.parts for place in part["broken"]]
+        worth_a_look = {"broken": broken[:20], "special": sum(part.get("special", 0) for part in made.parts), "firsts": made.firsts(entries)}
         audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(self.folder / name / "parts", entries),
-                 **({"broken": broken[:20]} if broken else {}), **({"firsts": firsts} if (firsts := made.firsts(entries)) else {})}
+                 **{kind: found for kind, found in worth_a_look.items() if found}}
         return draft.index(entries, audit)
 
     def _plan(self, index: ShardSetIndex, name: str) -> Summary:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -24,7 +26,7 @@ from harness.data.maker import SETS, Group, Maker, examples_of, set_fingerprint
 from harness.data.rows import RowTable
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template
-from harness.errors import Failure, Refused
+from harness.errors import Failure, HarnessError, Refused
 from harness.formats.index import VERSION, ShardSetIndex, read_index
 from harness.log import say
 
@@ -92,7 +94,7 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
     folder = Path(run.data.dir)
     tokenizer = None
     if prepared_index(run) is None or (_parts(folder) and os.access(folder, os.W_OK)):
-        with _alone(folder):
+        with _alone(folder), _room(folder):
             if prepared_index(run) is None:
                 tokenizer = _make(run, folder, progress=progress, executor=executor)
             _tidy(folder)
@@ -117,6 +119,29 @@ def _alone(folder: Path) -> Iterator[None]:
             say(f"Another process prepares {folder}; waiting for it ...")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Refuse a folder that cannot be written, or not any more."""
+    try:
+        yield
+    except HarnessError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise Refused(f"{folder} cannot be written: {os.strerror(number)}.", where="data.dir",
+                      remedy="Make room there, or set `data.dir` to another place; finished shards are kept.") from None
+
+
+def _error_number(error: Exception) -> int | None:
+    """That of the system; numpy says only how much was written, and tokenizers tell the number in the text."""
+    if isinstance(error, OSError):
+        return errno.ENOSPC if error.errno is None and "requested and" in str(error) else error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> Any:
