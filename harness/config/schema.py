@@ -41,7 +41,7 @@ class Source(Section):
     )
     split: str = fixed("train", description="The split of a hub data set.")
     format: Literal["jsonl", "csv", "parquet", "text"] | None = fixed(
-        None, description="The format of the files; by default from their suffix."
+        None, description="The format of the files; by default from their suffix. A text file is one document; pieces of some 4,000 characters are its rows."
     )
     encoding: str = fixed("utf-8", description="Text encoding of the files.")
     max_rows: Positive | None = fixed(None, description="Take only the first rows.")

@@ -32,6 +32,8 @@ EMPTY = "a part is empty or missing"
 KNOWN = "its question is in the training set"
 UNREADABLE = "cannot be read"
 REFUSED = "refused by the chat template"
+LONGEST_DOCUMENT = 1 << 20
+"""So many characters of a text file are one document, about; a longer one goes on in another, without an end between them."""
 BATCH_CHARACTERS = 4 << 20
 """So much text is tokenised at a time: little enough to be in the processor's cache still, and for its memory to be used again."""
 
@@ -175,10 +177,12 @@ class _Gathering:
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
         self.met: set[int] = set()
         self.broken: list[str] = []
+        self.open: Side | None = None  # whose last document the next piece of a text file goes on with
+        self.room = 0
         self.tokenizer = _chat_tokenizer(job.tokenizer, trust_code=job.trust_code) if job.template.chat else None
 
-    def add(self, record: Any, number: int) -> None:
-        """Give a record to a side, or count why it is left out."""
+    def add(self, record: Any, number: int, *, is_piece: bool) -> None:
+        """Give a record, or a piece of a text file, to a side, or count why it is left out."""
         example = self.read(record)
         if example is None:
             self.leave_out(self.first, EMPTY)
@@ -199,15 +203,32 @@ class _Gathering:
         side.rows_in += 1
         if self.tokenizer is not None and self.specials.in_conversation(example):
             side.note_special([number])
+        if self.open is not side or self.room <= 0:
+            self._begin(side, number)
         pending = side.pending
         for text, trained in segments:
             pending.texts.append(text)
             pending.trained.append(trained)
             self.characters += len(text)
-        pending.segments.append(len(segments))
-        pending.records.append(number)
+            self.room -= len(text)
+        pending.segments[-1] += len(segments)
+        if is_piece:
+            self.open = side
+            pending.open.append(len(pending.texts) - 1)
+
+    def _begin(self, side: Side, number: int) -> None:
+        """Begin a document; all before it are whole, and tokenised once they are many."""
+        self.open, self.room = None, LONGEST_DOCUMENT
         if self.characters >= BATCH_CHARACTERS:
             self.tokenise()
+        side.pending.segments.append(0)
+        side.pending.records.append(number)
+
+    def end(self) -> None:
+        """A file ends, and with it the document that its last piece belongs to."""
+        if self.open is not None:
+            self.open.pending.open.pop()
+            self.open = None
 
     def tokenise(self) -> None:
         """Make documents of what is pending."""
@@ -231,6 +252,7 @@ class _Gathering:
 
     def leave_out(self, side: Side, cause: str) -> None:
         """Count a row that is dropped."""
+        self.open = None
         side.rows_in += 1
         side.dropped[cause] += 1
 
@@ -252,8 +274,10 @@ def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
             if isinstance(record, Broken):
                 gathering.unreadable(record, part)
             elif record is not None:
-                gathering.add(record, number)
+                gathering.add(record, number, is_piece=part.kind == "text")
             number += 1
+        if part.ends:
+            gathering.end()
         counts.append(number - before)
     gathering.tokenise()
     return gathering, counts

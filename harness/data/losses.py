@@ -39,8 +39,9 @@ def refuse(data: Data, name: str, index: ShardSetIndex, summary: Summary) -> Non
     if sum(summary.trained) == 0:
         raise Refused(f"No row of {data.sequence_length} tokens of the {name} set has a trained token: all of them stand further back.",
                       where="data.sequence_length, data.long_documents", remedy="Raise data.sequence_length, or set data.long_documents=cut.")
-    lost, rows_in = dropped.total() - dropped[KNOWN], index.audit["rows_in"]
-    if rows_in and lost / rows_in > data.max_dropped_share:
+    lost, rows_in, documents = dropped.total() - dropped[KNOWN] - dropped[LONGER], index.audit["rows_in"], sum(index.columns["rows"])
+    if lost / max(1, rows_in) + dropped[LONGER] / documents > data.max_dropped_share:
+        told = [f"{lost} of {rows_in} rows"] * (lost > 0) + [f"{dropped[LONGER]} of {documents} documents"] * (dropped[LONGER] > 0)
         remedy = "Raise data.sequence_length, set data.long_documents=cut" if dropped[LONGER] else "Mend the rows"
-        raise Refused(f"{lost} of {rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=where,
+        raise Refused(f"{' and '.join(told)} of the {name} set would be dropped: {causes}.{first}", where=where,
                       remedy=f"{remedy}, or raise data.max_dropped_share.")

@@ -35,6 +35,9 @@ SHARD_TEXT_BYTES = 16 << 20
 ALONE_BYTES = 256 << 20
 """Less text than this is done sooner by threads of this process than processes start."""
 
+TEXT_VERSION = 2
+"""Of how text files become documents."""
+
 
 def fingerprint(run: RunFile) -> str:
     """What identifies both sets of a run: sources, tokenizer, template and every option that changes a byte, but for the backend."""
@@ -46,6 +49,8 @@ def fingerprint(run: RunFile) -> str:
     else:
         parts.append(f"share {data.validation_share} seed {run.train.seed}")
     parts.append(f"bpe {data.train_tokenizer.vocab_size}" if data.train_tokenizer else _tokenizer_digest(data.tokenizer or run.model.path))
+    if any(sources.reads_text(source, key=f"data.{name}") for name, source in (("train", data.train), ("validation", data.validation)) if source is not None):
+        parts.append(f"text {TEXT_VERSION}")
     parts += _of_prepared(Path(data.dir) / "tokenizer", data)
     return files.digest_text(*parts)
 

@@ -61,6 +61,11 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
     return files.digest_text("hub", str(source.hub), source.split)
 
 
+def reads_text(source: Source, *, key: str) -> bool:
+    """Whether files of a source are plain text."""
+    return source.path is not None and any(_kind(source, path) == "text" for path in source_paths(source, key=key))
+
+
 def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int) -> list[tuple[InputRange, ...]]:
     """The ranges of a source, grouped as shards are made of them.
 
@@ -95,7 +100,7 @@ def _wholes(source: Source, data: Data, *, key: str, cache: Path) -> list[InputR
     except LookupError:
         raise Refused(f"There is no encoding {source.encoding!r}.", where=f"{key}.encoding", remedy="Name one that Python knows, such as utf-8 or gb18030.") from None
     given = source_paths(source, key=key)
-    kind = source.format or SUFFIXES.get(_plain_name(given[0]).suffix)
+    kind = _kind(source, given[0])
     if kind is None:
         raise Refused(f"The format of {given[0]} is not known from its suffix.", where=f"{key}.path", remedy=f"Set `{key}.format` to jsonl, csv, parquet or text.")
     wholes = []
@@ -155,6 +160,10 @@ def _in_utf8(path: Path, shown: Path, encoding: str, cache: Path, *, key: str) -
                               where=f"{shown} ({key}.path)", remedy=f"Set `{key}.encoding` to its encoding.") from None
             place += len(block)
     return written
+
+
+def _kind(source: Source, path: Path) -> str | None:
+    return source.format or SUFFIXES.get(_plain_name(path).suffix)
 
 
 def _plain_name(path: Path) -> Path:

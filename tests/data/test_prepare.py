@@ -182,11 +182,11 @@ def _long(folder, rows, **data):
 def test_documents_dropped_for_their_length_count_as_dropped_also_of_a_set_that_is_there(tmp_path):
     rows = [{"prompt": f"q {n}", "completion": "a" if n % 4 else "long " * 40} for n in range(20)]
     run = _long(tmp_path, rows, long_documents="drop")
-    with pytest.raises(Refused, match="5 of 20 rows of the train set would be dropped: 5 because longer than a row"):
+    with pytest.raises(Refused, match="5 of 20 documents of the train set would be dropped: 5 because longer than a row"):
         prepare(run, progress=False)
     assert prepared_index(run) is None
     prepare(_long(tmp_path, rows, long_documents="drop", max_dropped_share=0.25), progress=False)
-    with pytest.raises(Refused, match="5 of 20 rows of the train set"):
+    with pytest.raises(Refused, match="5 of 20 documents of the train set"):
         prepare(run, progress=False)
 
 
