@@ -5,6 +5,7 @@ A field is `free` when it may change between the attempts of one run, and `fixed
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +44,7 @@ class Source(Section):
     )
     split: str = fixed("train", description="The split of a hub data set.")
     format: Literal["jsonl", "csv", "parquet", "text"] | None = fixed(
-        None, description="The format of all files; by default that of each from its suffix."
+        None, description="The format of all files; by default that of each from its suffix. A text file is one document; pieces of some 4,000 characters are its rows."
     )
     encoding: str = fixed("utf-8", description="Text encoding of the files.")
     max_rows: Positive | None = fixed(None, description="Take only the first rows.")
@@ -99,6 +100,7 @@ class Data(Section):
     columns: Columns = fixed(Columns())
     template: TemplateSpec = fixed(TemplateSpec(), description="Used with `shape: prompt_completion`.")
     tokenizer: Place | None = fixed(None, description="Folder or hub name; by default that of `model.path`.")
+    date: datetime.date | None = fixed(None, description="The day that a chat template writes which asks for today's; kept in the tokenizer of the set and of exports.")
     train_tokenizer: Bpe | None = fixed(None, description="Train a byte-level BPE instead, kept in `dir/tokenizer`.")
     sequence_length: Annotated[int, Field(ge=8)] = fixed(1024, description="Tokens in a row.")
     packing: Literal["none", "best_fit"] = fixed("best_fit", description="One document a row, or several packed into it.")
@@ -109,7 +111,7 @@ class Data(Section):
         16, description="Shards whose rows are shuffled together: more mix better, fewer are needed at a time."
     )
     broken_rows: Literal["refuse", "drop"] = fixed("refuse", description="A row that cannot be read is refused, or dropped and counted.")
-    max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped.")
+    max_dropped_share: Share = free(0.05, description="Refuse when a larger share of the rows is dropped, also for their length.")
     accept_appended: bool = free(False, description="Go on when shards were added since the run began: a new epoch over all rows begins.")
     num_processes: Positive | None = free(None, description="Processes that prepare; by default one a core, and this one alone where there is little text.")
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from harness.data.leads import Leads
 
 FAST, ORACLE = "fastokens", "tokenizers"
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 256
@@ -31,11 +34,44 @@ class Backend:
     Args:
         folder: that holds tokenizer.json.
         name: fastokens or tokenizers.
+
+    Attributes:
+        leads: for tokenizers that begin every text with a space; else None.
+        special: the text of each special token by its id.
     """
 
     def __init__(self, folder: Path, name: str):
         self.name, self._oracle = name, _oracle(folder)
         self._fast = _fast(folder) if name == FAST else None
+        self.leads = Leads.of(self._oracle)
+        self.special = {number: token.content for number, token in self._oracle.get_added_tokens_decoder().items() if token.special}
+
+    def encode_amid(self, texts: Sequence[str], before: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenise segments as they stand in their documents, where the tokenizer needs leads for that.
+
+        Args:
+            texts: the segments.
+            before: the segment before each one in its document; empty before the first.
+
+        Returns:
+            as `encode`.
+
+        Raises:
+            Differs: when a sample shows other ids than the oracle's.
+        """
+        assert self.leads is not None
+        found: list[np.ndarray] = [np.empty(0, np.uint32)] * len(texts)
+        leads, left = [self.leads.before(text) for text in before], list(range(len(texts)))
+        while left:
+            ids, offsets = self.encode([leads[place][0] + texts[place] for place in left])
+            again = []
+            for place, (start, stop) in zip(left, pairwise(offsets.tolist()), strict=True):
+                lead = self.leads.tokens(leads[place].pop(0))
+                found[place] = ids[start + len(lead) : stop]
+                if ids[start:stop][: len(lead)].tolist() != lead:
+                    again.append(place)
+            left = again
+        return np.concatenate([*found, np.empty(0, np.uint32)]), np.cumsum([0, *map(len, found)])
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise each text apart.

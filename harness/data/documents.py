@@ -22,13 +22,28 @@ class Pending:
         texts: the segments of all of them.
         trained: whether each segment is.
         segments: how many each document has.
-        records: which record of the shard each document was.
+        records: which record of the shard each document was, or began with.
+        open: the numbers of the trained segments that no end-of-text token closes; what is trained goes on with the next one of the document.
     """
 
     texts: list[str] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
+    open: list[int] = field(default_factory=list)
+
+    def records_of(self, segments: np.ndarray) -> list[int]:
+        """The records whose documents hold some segments, each once."""
+        documents = np.searchsorted(np.cumsum(self.segments), segments, side="right")
+        return [self.records[number] for number in np.unique(documents).tolist()]
+
+    def before(self) -> list[str]:
+        """The segment before each one in its document; empty before the first."""
+        before, first = ["", *self.texts][:-1], 0
+        for count in self.segments:
+            before[first] = ""
+            first += count
+        return before
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Documents:
 
     @classmethod
     def assemble(cls, ids: np.ndarray, offsets: np.ndarray, texts: Pending, *, start: Sequence[int], ends: Sequence[int], wide: bool) -> tuple[Documents, int]:
-        """Join tokenised segments to documents; each trained one is closed by the end-of-text token unless it already ends.
+        """Join tokenised segments to documents; each trained one is closed by the end-of-text token unless it already ends or is left open.
 
         Args:
             ids: uint32 [tokens] of all segments.
@@ -72,7 +87,9 @@ class Documents:
             last = ids[offsets[1:][there] - back]
             for token in ends:
                 ended[there] |= last == token
-        closed = trained & ~ended
+        is_open = np.zeros(len(sizes), bool)
+        is_open[texts.open] = True
+        closed = trained & ~ended & ~is_open
         opens = np.zeros(len(sizes), np.int64)
         opens[np.flatnonzero(np.diff(owner, prepend=-1))] = len(start)
         room = opens + sizes + closed
@@ -87,8 +104,10 @@ class Documents:
         flat[given] = ids
         lengths = np.bincount(owner, weights=room, minlength=len(texts.segments)).astype(np.int64)
         origin = np.cumsum(lengths) - lengths
-        spanned = trained & (sizes > 0)
-        spans = np.column_stack([owner, begins - origin[owner], stops - origin[owner]])[spanned]
+        first = np.flatnonzero(~(np.append(False, is_open[:-1]) & (np.diff(owner, prepend=-1) == 0)))  # of what is trained in one
+        last = np.append(first[1:], len(sizes))[: len(first)] - 1
+        spanned = trained[first] & (offsets[last + 1] > offsets[first])
+        spans = np.column_stack([owner[first], begins[first] - origin[owner[first]], stops[last] - origin[owner[first]]])[spanned]
         counted = spans[:, 2] > np.maximum(spans[:, 1], 1)
         kept = np.bincount(spans[counted, 0], minlength=len(texts.segments)) > 0
         lost = int((~kept).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,8 @@ from harness.data.examples import Unreadable, key_of, reader
 from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
-from harness.data.template import Template
+from harness.data.specials import OWN, Specials
+from harness.data.template import Template, first_line
 from harness.errors import Refused
 from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
@@ -29,6 +31,9 @@ from harness.formats.index import ShardEntry, ShardFile, ShardSource
 EMPTY = "a part is empty or missing"
 KNOWN = "its question is in the training set"
 UNREADABLE = "cannot be read"
+REFUSED = "refused by the chat template"
+LONGEST_DOCUMENT = 1 << 20
+"""So many characters of a text file are one document, about; a longer one goes on in another, without an end between them."""
 BATCH_CHARACTERS = 4 << 20
 """So much text is tokenised at a time: little enough to be in the processor's cache still, and for its memory to be used again."""
 
@@ -66,6 +71,7 @@ class ShardJob:
         start: tokens before every text.
         ends: tokens that end an answer, the end of text first.
         wide: int32 instead of uint16 tokens.
+        trust_code: run code that ships with the tokenizer.
         watch: uint64 array of questions; those that are met are reported.
         exclude: uint64 array of questions whose rows are left out.
     """
@@ -81,18 +87,26 @@ class ShardJob:
     start: list[int]
     ends: list[int]
     wide: bool
+    trust_code: bool = False
     watch: Path | None = None
     exclude: Path | None = None
 
 
 @dataclass
 class Side:
-    """What a shard gives to one set, and what was left out of it."""
+    """What a shard gives to one set, what was left out of it, and how many rows hold special tokens; of some kinds of rows the first, by its number."""
 
     pending: Pending = field(default_factory=Pending)
     made: list[Documents] = field(default_factory=list)
     rows_in: int = 0
+    special: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def note_special(self, records: Sequence[int]) -> None:
+        """Count rows with special tokens of their own, given in order."""
+        self.special += len(records)
+        self.firsts.setdefault(OWN, (records[0], ""))
 
 
 def make_shard(job: ShardJob) -> dict[str, dict[str, Any]]:
@@ -116,7 +130,7 @@ def _made(job: ShardJob) -> dict[str, dict[str, Any]]:
         entry = write_shard(where.folder, job, where.fingerprint, documents, counts)
         save_array(where.part(job.name).with_suffix(".identities.npy"), np.sort(documents.identities))
         results[which] = {
-            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped),
+            "fingerprint": where.fingerprint, "entry": entry.model_dump(), "rows_in": side.rows_in, "dropped": dict(side.dropped), "special": side.special, "firsts": side.firsts,
             "broken": gathering.broken if side is gathering.first else [], "met": sorted(gathering.met),
         }
     for which, result in results.items():
@@ -140,10 +154,10 @@ def _finished(job: ShardJob) -> dict[str, dict[str, Any]] | None:
 
 
 @lru_cache(maxsize=1)
-def _chat_tokenizer(folder: Path) -> Any:
+def _chat_tokenizer(folder: Path, *, trust_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
 
 
 def held_out(seed: int, share: float, key: int) -> bool:
@@ -157,15 +171,18 @@ class _Gathering:
     def __init__(self, job: ShardJob):
         self.job, self.sides, self.backend = job, {which: Side() for which in job.sides}, open_backend(job.tokenizer, job.backend)
         self.read, self.characters = reader(job.data), 0
+        self.specials = Specials(self.backend, job.template, job.ends)
         self.first, self.splits = next(iter(self.sides.values())), len(self.sides) > 1
         self.exclude = frozenset(np.load(job.exclude).tolist() if job.exclude else ())
         self.watched = frozenset(np.load(job.watch).tolist() if job.watch else ())
         self.met: set[int] = set()
         self.broken: list[str] = []
-        self.tokenizer = _chat_tokenizer(job.tokenizer) if job.template.chat else None
+        self.open: Side | None = None  # whose last document the next piece of a text file goes on with
+        self.room = 0
+        self.tokenizer = _chat_tokenizer(job.tokenizer, trust_code=job.trust_code) if job.template.chat else None
 
-    def add(self, record: Any, number: int) -> None:
-        """Give a record to a side, or count why it is left out.
+    def add(self, record: Any, number: int, *, is_piece: bool) -> None:
+        """Give a record, or a piece of a text file, to a side, or count why it is left out.
 
         Raises:
             Unreadable: when it holds values that cannot be read.
@@ -183,27 +200,53 @@ class _Gathering:
             return
         try:
             segments = self.job.template.segments(example, self.tokenizer)
-        except Exception:  # a chat template may refuse a conversation
-            self.leave_out(side, "refused by the chat template")
+        except Exception as error:  # a chat template may refuse a conversation
+            self.leave_out(side, REFUSED)
+            side.firsts.setdefault(REFUSED, (number, first_line(error)))
             return
         side.rows_in += 1
+        if self.tokenizer is not None and self.specials.in_conversation(example):
+            side.note_special([number])
+        if self.open is not side or self.room <= 0:
+            self._begin(side, number)
         pending = side.pending
         for text, trained in segments:
             pending.texts.append(text)
             pending.trained.append(trained)
             self.characters += len(text)
-        pending.segments.append(len(segments))
-        pending.records.append(number)
+            self.room -= len(text)
+        pending.segments[-1] += len(segments)
+        if is_piece:
+            self.open = side
+            pending.open.append(len(pending.texts) - 1)
+
+    def _begin(self, side: Side, number: int) -> None:
+        """Begin a document; all before it are whole, and tokenised once they are many."""
+        self.open, self.room = None, LONGEST_DOCUMENT
         if self.characters >= BATCH_CHARACTERS:
             self.tokenise()
+        side.pending.segments.append(0)
+        side.pending.records.append(number)
+
+    def end(self) -> None:
+        """A file ends, and with it the document that its last piece belongs to."""
+        if self.open is not None:
+            self.open.pending.open.pop()
+            self.open = None
 
     def tokenise(self) -> None:
         """Make documents of what is pending."""
         job, begin = self.job, 0
-        ids, offsets = self.backend.encode([text for side in self.sides.values() for text in side.pending.texts])
+        texts = [text for side in self.sides.values() for text in side.pending.texts]
+        if self.backend.leads is None:
+            ids, offsets = self.backend.encode(texts)
+        else:
+            ids, offsets = self.backend.encode_amid(texts, [text for side in self.sides.values() for text in side.pending.before()])
         for side in self.sides.values():
             own = offsets[begin : begin + len(side.pending.texts) + 1]
             begin += len(side.pending.texts)
+            if self.tokenizer is None and len(found := self.specials.in_segments(ids[own[0] : own[-1]], own - own[0], np.asarray(side.pending.trained, bool))):
+                side.note_special(side.pending.records_of(found))
             documents, lost = Documents.assemble(ids[own[0] : own[-1]], own - own[0], side.pending, start=job.start, ends=job.ends, wide=job.wide)
             side.made.append(documents)
             if lost:
@@ -213,6 +256,7 @@ class _Gathering:
 
     def leave_out(self, side: Side, cause: str) -> None:
         """Count a row that is dropped."""
+        self.open = None
         side.rows_in += 1
         side.dropped[cause] += 1
 
@@ -236,10 +280,12 @@ def _gather(job: ShardJob) -> tuple[_Gathering, list[int]]:
                 gathering.unreadable(record, part)
             elif record is not None:
                 try:
-                    gathering.add(record, number)
+                    gathering.add(record, number, is_piece=part.kind == "text")
                 except Unreadable as error:
                     gathering.unreadable(Broken(records.line_of(part, number - before), str(error)), part)
             number += 1
+        if part.ends:
+            gathering.end()
         counts.append(number - before)
     gathering.tokenise()
     return gathering, counts

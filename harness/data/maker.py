@@ -14,18 +14,18 @@ import numpy as np
 
 from harness import files
 from harness.config.schema import RunFile
-from harness.data import records, workers
-from harness.data.encode import KNOWN, ShardJob, SideJob, make_shard
+from harness.data import losses, records, workers
+from harness.data.encode import ShardJob, SideJob, make_shard
 from harness.data.examples import Unreadable, key_of, reader
 from harness.data.order import shards_of_epoch
 from harness.data.packing import Packing, plan_folder
-from harness.data.plans import PlanSource
+from harness.data.plans import PlanSource, Summary
 from harness.data.progress import Progress
 from harness.data.ranges import InputRange
 from harness.data.store import LocalStore
 from harness.data.template import Template, start_ids
 from harness.errors import Refused
-from harness.formats.index import DRAFT, Draft, ShardEntry, ShardFile, shard_name, write_index
+from harness.formats.index import DRAFT, Draft, ShardEntry, ShardFile, ShardSetIndex, shard_name, write_index
 
 HASHES_AT_ONCE = 16_000_000
 SETS = ("train", "validation")
@@ -48,6 +48,15 @@ class Made:
     def dropped(self) -> Counter[str]:
         """Rows left out, by cause."""
         return sum((Counter(part["dropped"]) for part in self.parts), Counter())
+
+    def firsts(self, entries: list[ShardEntry]) -> dict[str, str]:
+        """Of each kind of row that is worth a look, the first: file, row and what it is."""
+        found: dict[str, str] = {}
+        for part, entry in zip(self.parts, entries, strict=True):
+            for kind, (record, text) in part.get("firsts", {}).items():
+                file, row = entry.origin(record)
+                found.setdefault(kind, f"{file}:{row + 1} {text}".rstrip())
+        return found
 
     @property
     def rows_in(self) -> int:
@@ -88,17 +97,19 @@ class Maker:
             exclude = self.folder / "validation" / "parts" / "met.npy"
             np.save(exclude, np.asarray(sorted({key for part in made["train"].parts for key in part["met"]}), np.uint64))
             made |= self._shards(validation, backend, ("validation",), exclude=exclude)
+        indexes = {name: self._index(made[name], drafts[name], name) for name in SETS}
         for name in SETS:
-            self._refuse_losses(made[name], name)
+            self._refuse_emptiness(made[name], indexes[name], name)
+            losses.refuse(self.run.data, name, indexes[name], self._plan(indexes[name], name))
         for name in SETS:
-            self._finish(made[name], drafts[name], name)
+            self._finish(indexes[name], name)
 
     def _draft(self, name: str, backend: str, num_shards: int) -> Draft:
         tokenizer = self.tokenizer
         return Draft(
             fingerprint=set_fingerprint(self.base, backend, name), backend=backend, vocab_size=self.vocab_size, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            template=self.template.to_dict(), tokenizer=[ShardFile.of(path) for path in sorted((self.folder / "tokenizer").iterdir())], num_shards=num_shards,
+            template=self.template.to_dict(), tokenizer=ShardFile.below(self.folder / "tokenizer"), num_shards=num_shards,
         )
 
     def _shards(self, groups: list[Group], backend: str, names: tuple[str, ...], **keys: Path) -> dict[str, Made]:
@@ -108,7 +119,7 @@ class Maker:
                 shard_name(number), group, self.run.data, self.run.train.seed,
                 {name: SideJob(self.folder / name, set_fingerprint(self.base, backend, name)) for name in names},
                 self.folder / "tokenizer", backend, self.template, [] if self.template.chat else start_ids(self.tokenizer),
-                self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, **keys,
+                self.template.stop_ids(self.tokenizer), self.vocab_size > 65536, self.run.model.trust_code, **keys,
             )
             for number, group in enumerate(groups)
         ]
@@ -126,44 +137,43 @@ class Maker:
         np.save(path, np.unique(np.fromiter((key_of(example) for example in examples_of(groups, self.run)), np.uint64)))
         return path
 
-    def _refuse_losses(self, made: Made, name: str) -> None:
-        causes = ", ".join(f"{count} because {cause}" for cause, count in made.dropped.most_common())
-        if sum(part["entry"]["trained_tokens"] for part in made.parts) == 0:
-            self._refuse_emptiness(made, name, causes)
-        lost = made.dropped.total() - made.dropped[KNOWN]
-        if made.rows_in and lost / made.rows_in > self.run.data.max_dropped_share:
-            first = next((f" The first that cannot be read: {place}." for part in made.parts for place in part["broken"]), "")
-            raise Refused(f"{lost} of {made.rows_in} rows of the {name} set would be dropped: {causes}.{first}", where=f"data.{name}",
-                          remedy="Mend the rows, or raise data.max_dropped_share.")
-
-    def _refuse_emptiness(self, made: Made, name: str, causes: str) -> None:
-        data, told, remedy = self.run.data, [causes] if causes else [], "Check data.shape, data.columns and data.template"
+    def _refuse_emptiness(self, made: Made, index: ShardSetIndex, name: str) -> None:
+        """Refuse a set of which nothing is trained, with what its source holds."""
+        if sum(index.columns["trained_tokens"]) > 0:
+            return
+        data, told, remedy = self.run.data, losses.told(index.audit["dropped"]), "Check data.shape, data.columns and data.template"
         if data.validation is None:
             questions = len({key_of(example) for example in examples_of(made.groups, self.run)})
             what = "beginnings of texts" if data.shape == "text" else "questions"
-            told.append(f"distinct {what} in the source: {questions:,}, each of which stands in one set only")
+            told = "; ".join([*([told] if told else []), f"distinct {what} in the source: {questions:,}, each of which stands in one set only"])
             remedy += (f", {'lower' if name == 'train' else 'raise'} data.validation_share" if questions > 1 else "") + ", or give data.validation a source of its own"
-        detail = f" ({'; '.join(told)})" if told else ""
-        raise Refused(f"The {name} set has no row with a trained token{detail}.", where=f"data.{name}", remedy=f"{remedy}.")
+        detail, first = f" ({told})" if told else "", losses.first(index.audit["dropped"], index.audit)
+        raise Refused(f"The {name} set has no row with a trained token{detail}.{first}", where=f"data.{name}", remedy=f"{remedy}.")
 
-    def _finish(self, made: Made, draft: Draft, name: str) -> None:
-        """Write what makes a set of the shards, the index last, and take away what only preparing needed."""
-        folder = self.folder / name
+    def _index(self, made: Made, draft: Draft, name: str) -> ShardSetIndex:
+        """What the index will say."""
         entries = _numbered([ShardEntry.model_validate(part["entry"]) for part in made.parts])
         broken = [place for part in made.parts for place in part["broken"]]
-        audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(folder / "parts", entries),
-                 **({"broken": broken[:20]} if broken else {})}
-        index = draft.index(entries, audit)
-        _write_dataset_files(folder, entries, index.fingerprint)
-        wanted = {file.name for entry in entries for file in entry.files}
+        worth_a_look = {"broken": broken[:20], "special": sum(part.get("special", 0) for part in made.parts), "firsts": made.firsts(entries)}
+        audit = {"rows_in": made.rows_in, "dropped": dict(sorted(made.dropped.items())), "duplicates": _duplicates(self.folder / name / "parts", entries),
+                 **{kind: found for kind, found in worth_a_look.items() if found}}
+        return draft.index(entries, audit)
+
+    def _plan(self, index: ShardSetIndex, name: str) -> Summary:
+        """What the plans of all shards add up to, written beside them."""
+        return PlanSource(LocalStore(self.folder / name), index, Packing.of(self.run.data), self.folder / name).make()
+
+    def _finish(self, index: ShardSetIndex, name: str) -> None:
+        """Write what makes a set of the shards, the index last, and take away what only preparing needed."""
+        folder = self.folder / name
+        _write_dataset_files(folder, index)
+        wanted = {file.name for entry in index.shards for file in entry.files}
         for stale in folder.glob("shard-*"):
             if stale.name not in wanted:
                 stale.unlink()
-        packing = Packing.of(self.run.data)
         for stale in folder.glob("rows-*"):
-            if stale != plan_folder(folder, packing, index.fingerprint):
+            if stale != plan_folder(folder, Packing.of(self.run.data), index.fingerprint):
                 shutil.rmtree(stale)
-        PlanSource(LocalStore(folder), index, packing, folder).make()
         write_index(folder, index)
 
 
@@ -207,15 +217,15 @@ def _duplicates(parts: Path, entries: list[ShardEntry]) -> int:
     return found
 
 
-def _write_dataset_files(folder: Path, entries: list[ShardEntry], fingerprint: str) -> None:
+def _write_dataset_files(folder: Path, index: ShardSetIndex) -> None:
     """The two files with which `datasets.load_from_disk` opens the set in place."""
     import pyarrow as pa
     from datasets import DatasetInfo, Features
 
-    with pa.memory_map(str(folder / f"{entries[0].name}.arrow")) as source:
+    with pa.memory_map(str(folder / f"{index.shards[0].name}.arrow")) as source:
         features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
     files.write_json(folder / "state.json", {
-        "_data_files": [{"filename": f"{entry.name}.arrow"} for entry in entries], "_fingerprint": fingerprint[:16], "_format_columns": None,
+        "_data_files": [{"filename": f"{entry.name}.arrow"} for entry in index.shards], "_fingerprint": index.fingerprint[:16], "_format_columns": None,
         "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
     })
     DatasetInfo(features=features).write_to_directory(str(folder))

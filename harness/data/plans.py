@@ -34,6 +34,7 @@ class Summary:
         dropped: documents that were left out for their length.
         sizes: bytes of each plan's file; empty where plans are kept nowhere.
         digests: of the same.
+        untrained: rows without a trained token.
     """
 
     rows: list[int]
@@ -43,6 +44,7 @@ class Summary:
     dropped: int
     sizes: list[int]
     digests: list[str]
+    untrained: int = 0
 
     @classmethod
     def of(cls, plans: list[Plan], files: list[ShardFile]) -> Summary:
@@ -50,7 +52,7 @@ class Summary:
         return cls(
             [plan.num_rows for plan in plans], [int((plan.pieces[:, 1] - plan.pieces[:, 0]).sum(dtype=np.int64)) for plan in plans],
             [int(plan.trained.sum(dtype=np.int64)) for plan in plans], sum(plan.truncated for plan in plans), sum(plan.dropped for plan in plans),
-            [file.bytes for file in files], [file.digest for file in files],
+            [file.bytes for file in files], [file.digest for file in files], sum(int((plan.trained == 0).sum()) for plan in plans),
         )
 
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -15,7 +17,7 @@ from typing import Any
 
 from harness import cgroup, collector, files
 from harness.config.schema import Data, RunFile
-from harness.data import backends, builtin, sources, workers
+from harness.data import backends, builtin, dates, leads, losses, sources, workers
 from harness.data.audit import Audit, sample_rows
 from harness.data.bpe import train_bpe
 from harness.data.encode import held_out
@@ -25,7 +27,7 @@ from harness.data.maker import SETS, Group, Maker, examples_of, set_fingerprint
 from harness.data.rows import RowTable
 from harness.data.template import VERSION as TEMPLATE_VERSION
 from harness.data.template import Template
-from harness.errors import Failure, Refused, first_line
+from harness.errors import Failure, HarnessError, Refused, first_line
 from harness.formats.index import NAME as INDEX
 from harness.formats.index import VERSION, ShardFile, ShardSetIndex, read_index
 from harness.log import say
@@ -34,6 +36,9 @@ SHARD_TEXT_BYTES = 16 << 20
 """About so much text goes into a shard; few enough bytes that training can start on the first ones, and that a window of them fits into memory."""
 ALONE_BYTES = 256 << 20
 """Less text than this is done sooner by threads of this process than processes start."""
+
+TEXT_VERSION = 2
+"""Of how text files become documents."""
 
 
 def fingerprint(run: RunFile) -> str:
@@ -46,7 +51,18 @@ def fingerprint(run: RunFile) -> str:
     else:
         parts.append(f"share {data.validation_share} seed {run.train.seed}")
     parts.append(f"bpe {data.train_tokenizer.vocab_size}" if data.train_tokenizer else _tokenizer_digest(data.tokenizer or run.model.path))
+    if any(sources.reads_text(source, key=f"data.{name}") for name, source in (("train", data.train), ("validation", data.validation)) if source is not None):
+        parts.append(f"text {TEXT_VERSION}")
+    parts += _of_prepared(Path(data.dir) / "tokenizer", data)
     return files.digest_text(*parts)
+
+
+def _of_prepared(tokenizer: Path, data: Data) -> list[str]:
+    """What changes a byte under some tokenizers only, of which one from the hub is known once it is there."""
+    found = [f"leads {leads.VERSION}"] if leads.may_be_needed(tokenizer) else []
+    if data.shape == "messages":
+        found += [f"date {data.date}"] * (data.date is not None) + ["open date"] * dates.are_open(tokenizer)
+    return found
 
 
 def _tokenizer_digest(name: str | None) -> str:
@@ -54,7 +70,8 @@ def _tokenizer_digest(name: str | None) -> str:
     if not folder.is_dir():
         return f"hub {name}"
     names = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja") and p.name not in ("config.json", "generation_config.json", "harness.json"))
-    return files.digest_text(*(f"{p.name} {files.digest_file(p)}" for p in names))
+    names += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return files.digest_text(*(f"{p.relative_to(folder)} {files.digest_file(p)}" for p in names))
 
 
 def prepared_index(run: RunFile) -> ShardSetIndex | None:
@@ -83,16 +100,19 @@ def prepare(run: RunFile, *, progress: bool = True, executor: Executor | None = 
         the audit, to render.
 
     Raises:
-        Refused: whatever is wrong with a source, the tokenizer or the rows.
+        Refused: whatever is wrong with a source, the tokenizer or the rows, also those of sets that are there.
     """
     folder = Path(run.data.dir)
     tokenizer = None
     if prepared_index(run) is None or (_parts(folder) and os.access(folder, os.W_OK)):
-        with _alone(folder):
+        with _alone(folder), _room(folder):
             if prepared_index(run) is None:
                 tokenizer = _make(run, folder, progress=progress, executor=executor)
             _tidy(folder)
-    return Audit(folder, {name: RowTable.of_run(run, name) for name in SETS}, sample_rows(folder / "train", tokenizer, count=3))
+    tables = {name: RowTable.of_run(run, name) for name in SETS}
+    for name, table in tables.items():
+        losses.refuse(run.data, name, table.index, table.summary)
+    return Audit(folder, tables, sample_rows(folder / "train", tokenizer, count=3, trust_code=run.model.trust_code))
 
 
 @contextmanager
@@ -110,6 +130,29 @@ def _alone(folder: Path) -> Iterator[None]:
             say(f"Another process prepares {folder}; waiting for it ...")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Refuse a folder that cannot be written, or not any more."""
+    try:
+        yield
+    except HarnessError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise Refused(f"{folder} cannot be written: {os.strerror(number)}.", where="data.dir",
+                      remedy="Make room there, or set `data.dir` to another place; finished shards are kept.") from None
+
+
+def _error_number(error: Exception) -> int | None:
+    """That of the system; numpy says only how much was written, and tokenizers tell the number in the text."""
+    if isinstance(error, OSError):
+        return errno.ENOSPC if error.errno is None and "requested and" in str(error) else error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _make(run: RunFile, folder: Path, *, progress: bool, executor: Executor | None) -> Any:
@@ -218,4 +261,6 @@ def _load_tokenizer(run: RunFile, name: str | None) -> Any:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise Refused(f"The tokenizer of {name!r} has no end-of-text token, so answers could never stop.", where=where, remedy="Set its eos_token.")
+    if run.data.shape == "messages":
+        dates.pin(tokenizer, run.data.date, where=where)
     return tokenizer

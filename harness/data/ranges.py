@@ -17,6 +17,8 @@ BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
 CSV_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 LARGEST_FIELD = 2**31 - 1
+LOOKED_FOR_BYTES = 1 << 20
+"""So far a blank line is looked for where a text is to be cut; then any line will do."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class InputRange:
         size: bytes, about.
         limit: at most so many records; None for all.
         header: names of a CSV file's columns.
+        ends: of kind text, whose records are one document: whether it ends with the last of them.
         table: of kind hub, a memory-mapped `datasets.Dataset`.
     """
 
@@ -49,6 +52,7 @@ class InputRange:
     size: int
     limit: int | None = None
     header: tuple[str, ...] = ()
+    ends: bool = True
     table: Any = None
 
 
@@ -106,8 +110,8 @@ def _after_newline(content: Any, place: int) -> int:
 
 
 def _after_blank_line(content: Any, place: int) -> int:
-    found = BLANK_LINES.search(content, place)
-    return found.end() if found else len(content)
+    found = BLANK_LINES.search(content, place, place + LOOKED_FOR_BYTES)
+    return found.end() if found else _after_newline(content, place)
 
 
 def _start(path: str) -> int:
@@ -120,7 +124,8 @@ def _cut_jsonl(whole: InputRange, size: int) -> list[InputRange]:
 
 
 def _cut_text(whole: InputRange, size: int) -> list[InputRange]:
-    return _at_bytes(whole, size, _after_blank_line, _start(whole.path))
+    parts = _at_bytes(whole, size, _after_blank_line, _start(whole.path))
+    return [replace(part, ends=part is parts[-1]) for part in parts]
 
 
 def _cut_csv(whole: InputRange, size: int) -> list[InputRange]:

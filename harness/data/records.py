@@ -17,8 +17,10 @@ from harness.data import builtin
 from harness.data.examples import HALF_A_PAIR, is_text
 from harness.data.ranges import CsvRows, InputRange, decode, told
 
-LEADING_BLANK_LINES = re.compile(r"\A\s*\n")
+BLANK_LINES = re.compile(r"\n\s*\n")
+EACH_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 LINES = ("jsonl", "csv", "text")
+LONGEST_PIECE = 4000
 BATCH_ROWS = 1024
 BUFFER_BYTES = 1 << 20
 
@@ -77,7 +79,7 @@ def first_records(parts: list[InputRange], count: int) -> list[InputRange]:
     for part in parts:
         held = sum(record is not None for record in read(part))
         if held >= count:
-            return [*kept, replace(part, limit=_lines_for(part, count))]
+            return [*kept, replace(part, limit=_lines_for(part, count), ends=part.ends and held == count)]
         count -= held
         kept.append(part)
     return kept
@@ -168,10 +170,25 @@ def _read_csv(part: InputRange) -> Iterator[Record]:
 
 
 def _read_text(part: InputRange) -> Iterator[Record]:
-    """Documents of some 4,000 characters, cut at empty lines."""
+    """Pieces of some 4,000 characters, which together are the text."""
     text = io.StringIO(decode(_bytes(part), part, part.start), newline=None).read()
-    for document in builtin.cut_at_paragraphs(LEADING_BLANK_LINES.sub("", text), builtin.LONGEST_DOCUMENT):
-        yield {part.columns[0]: document}
+    current = ""
+    for unit in _units(text):
+        if len(current) + len(unit) > LONGEST_PIECE and not current.isspace() and not unit.isspace() and current:
+            yield {part.columns[0]: current}
+            current = unit
+        else:
+            current += unit
+    if current:
+        yield {part.columns[0]: current}
+
+
+def _units(text: str) -> Iterator[str]:
+    """Paragraphs with the blank lines that follow them, and of those that are longer than a piece their lines."""
+    place = 0
+    for stop in (*(found.end() for found in BLANK_LINES.finditer(text)), len(text)):
+        paragraph, place = text[place:stop], stop
+        yield from [paragraph] if len(paragraph) <= LONGEST_PIECE else EACH_LINE.findall(paragraph)
 
 
 def _read_parquet(part: InputRange) -> Iterator[Record]:

@@ -172,8 +172,8 @@ def _tokenizer(spec: SetSpec, wanted_files: list[ShardFile], data: Data) -> Path
     folder = cache_folder(data) / "tokenizers" / files.digest_text(*(f"{file.name} {file.digest}" for file in wanted_files))[:16]
     if not folder.is_dir():
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        aside.mkdir(parents=True, exist_ok=True)
         for file in wanted_files:
+            (aside / file.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(store.hold(wanted(file)), aside / file.name)
             store.release(file.name)
         try:

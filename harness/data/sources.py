@@ -63,6 +63,11 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
     return files.digest_text("hub", str(source.hub), source.split)
 
 
+def reads_text(source: Source, *, key: str) -> bool:
+    """Whether files of a source are plain text."""
+    return source.path is not None and any(_kind(source, path) == "text" for path in source_paths(source, key=key))
+
+
 def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int) -> list[tuple[InputRange, ...]]:
     """The ranges of a source, grouped as shards are made of them.
 

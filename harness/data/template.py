@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import RunFile
 from harness.data.examples import Conversation
+from harness.errors import Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,27 +96,61 @@ class Template:
         return _chat_segments(_Chat(talk, tokenizer)) if self.chat else _turn_segments(talk)
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens after which the model is to answer, written as in training."""
+        """The tokens after which the model is to answer, written as in training.
+
+        Raises:
+            Refused: a chat template that does not write a prompt alone.
+        """
         if self.kind == "prompt_completion":
             text = self.prompt.replace("{prompt}", prompt)
         elif self.kind == "messages":
-            turns = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) if self.chat else f"User: {prompt}\nAssistant:"
+            text = _asked(prompt, tokenizer) if self.chat else f"User: {prompt}\nAssistant:"
         else:
             text = prompt
         ids = ([] if self.chat else start_ids(tokenizer)) + tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids or [tokenizer.eos_token_id]
 
-
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens that end an answer: the end of text first and, where a chat template closes a turn by a token of its own, that one too."""
+        """The tokens that end an answer: the end of text first and, where a chat template closes a turn by a token of its own, that one too.
+
+        Raises:
+            Refused: a chat template that writes no answer.
+        """
         ids = [tokenizer.eos_token_id]
         if self.chat:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            last = next(text for text, trained in reversed(self.segments(turns, tokenizer)) if trained)
+            last = next(text for text, trained in reversed(self._smallest(tokenizer)) if trained)
             closing = tokenizer(last, add_special_tokens=False)["input_ids"][-1:]
             ids += [token for token in closing if token in tokenizer.added_tokens_decoder and token not in ids]
         return ids
+
+
+    def _smallest(self, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+        """A question and its answer, behind a system turn where the chat template demands one."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            return self.segments(turns, tokenizer)
+        except Exception as error:
+            with suppress(Exception):
+                return self.segments([{"role": "system", "content": "c"}, *turns], tokenizer)
+            raise _refusal(error, "a question and its answer, which are plain text") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _refusal(error: Exception, what: str) -> Refused:
+    return Refused(f"The tokenizer's chat template cannot write {what}: {first_line(error)}", where="data.tokenizer or model.path (chat template)",
+                   remedy="Mend its chat_template, or use a tokenizer without one: then turns are lines after `User:` and `Assistant:`.")
+
+
+def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as the chat template puts it before an answer."""
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise _refusal(error, "a prompt without other turns") from None
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

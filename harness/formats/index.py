@@ -31,6 +31,12 @@ class ShardFile(BaseModel):
         """The file as it is."""
         return cls(name=path.name, bytes=path.stat().st_size, digest=digest.of_file(path))
 
+    @classmethod
+    def below(cls, folder: Path) -> list[ShardFile]:
+        """All files of a folder and of those in it, by their paths from it."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return [cls.of(path).model_copy(update={"name": path.relative_to(folder).as_posix()}) for path in paths]
+
 
 class ShardSource(BaseModel):
     """Where records of a shard come from.

@@ -8,7 +8,7 @@ from typing import Any
 from harness.config import rules
 from harness.config.batch import batch_equation
 from harness.config.load import Loaded
-from harness.data import in_use
+from harness.data import in_use, losses
 from harness.data.mixture import MixedTable
 from harness.data.prepare import prepared_index
 from harness.data.sets import RunData, open_data
@@ -101,13 +101,16 @@ def _prepare(loaded: Loaded, *, speak: bool, ahead: bool) -> None:
 
 
 def _rows(data: RunData, loaded: Loaded) -> None:
-    """Every set must have rows, and a mixture enough of them."""
+    """Every set must have rows of which little was lost, and a mixture enough of them."""
     if not data.train.is_whole:
         return
     tables = {"train": data.train} | {f"validation {name}".strip(): table for name, table in data.validation.items()}
     for which, table in tables.items():
         if table.num_rows == 0:
             raise Refused(f"The {which} set has no rows.", where=f"data ({loaded.origin('data')})", remedy="Give it examples, or a larger data.validation_share.")
+        parts = {f"{which} {share.name}": part for share, part in zip(table.shares, table.tables, strict=True)} if isinstance(table, MixedTable) else {which: table}
+        for name, part in parts.items():
+            losses.refuse(loaded.run.data, name, part.index, part.summary)
     if not isinstance(data.train, MixedTable):
         return
     run = loaded.run

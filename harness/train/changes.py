@@ -78,9 +78,9 @@ def _judge(run: RunFile, data: RunData, found: tuple[Path, Manifest] | None) -> 
     now = data.facts() if data.train.is_whole else {}
     known = {} if found is None else _known(run.run_path / FILE, found[1])
     known_now = known | ({data.train.fingerprint: now} if now else {})
-    if found is None or found[1].data_fingerprint == data.train.fingerprint:
+    before = known.get(found[1].data_fingerprint) if found is not None else None
+    if found is None or found[1].data_fingerprint == data.train.fingerprint and not (before and now and _other_bytes(before, now)):
         return Changes(run.run_path, known_now, ""), None
-    before = known.get(found[1].data_fingerprint)
     difference = describe(before, now) if before and now else "what was recorded of them is not enough to say more"
     added = _appended(before, now) if before and now else ""
     if added and run.data.accept_appended:
@@ -100,6 +100,12 @@ def _known(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _places(run: RunFile) -> str:
     return ", ".join(spec.dir for spec in run.data.sets.values()) if run.data.sets else str(run.data.dir)
+
+
+def _other_bytes(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a shard holds other bytes than it had under the same fingerprint."""
+    same = [name for name in before.keys() & now.keys() if before[name]["fingerprint"] == now[name]["fingerprint"]]
+    return any(before[name]["shards"] != now[name]["shards"] for name in same)
 
 
 def _appended(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 
 import datasets
 import pytest
+from rich.console import Console
 
 from harness.data import builtin, encode, maker, workers
 from harness.data import prepare as module
@@ -203,10 +206,68 @@ def test_what_the_sequence_length_costs_is_counted(tmp_path, rule, told):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "v.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
     run = make_run(tmp_path, train={"path": str(tmp_path / "t.jsonl")}, validation={"path": str(tmp_path / "v.jsonl")}, shape="text",
-                   sequence_length=16, long_documents=rule, packing="none")
+                   sequence_length=16, long_documents=rule, packing="none", max_dropped_share=0.5)
     facts = prepare(run, progress=False).facts()["train"]
     assert {key: value for key, value in facts.items() if "longer" in key or "truncated" in key} == ({told: 2} if told else {})
     assert facts["rows of 16"] == {"truncate": 4, "drop": 2, "cut": sum(-(-length // 16) for length in _lengths(tmp_path))}[rule]
+
+
+def _long(folder, rows, **data):
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "v.jsonl").write_text(json.dumps({"prompt": "held", "completion": "out"}) + "\n")
+    return make_run(folder, train={"path": str(folder / "t.jsonl")}, validation={"path": str(folder / "v.jsonl")}, shape="prompt_completion",
+                    sequence_length=16, packing="none", **data)
+
+
+def test_documents_dropped_for_their_length_count_as_dropped_also_of_a_set_that_is_there(tmp_path):
+    rows = [{"prompt": f"q {n}", "completion": "a" if n % 4 else "long " * 40} for n in range(20)]
+    run = _long(tmp_path, rows, long_documents="drop")
+    with pytest.raises(Refused, match="5 of 20 documents of the train set would be dropped: 5 because longer than a row"):
+        prepare(run, progress=False)
+    assert prepared_index(run) is None
+    prepare(_long(tmp_path, rows, long_documents="drop", max_dropped_share=0.25), progress=False)
+    with pytest.raises(Refused, match="5 of 20 documents of the train set"):
+        prepare(run, progress=False)
+
+
+def test_rows_without_a_trained_token_are_counted_and_a_set_of_them_is_refused(tmp_path):
+    rows = [{"prompt": "long question " * 20 if n % 2 else f"q {n}", "completion": f"a {n}"} for n in range(10)]
+    facts = prepare(_long(tmp_path, rows, long_documents="truncate"), progress=False).facts()
+    assert facts["train"]["rows without a trained token"] == 5 and "rows without a trained token" not in facts["validation"]
+    none = _long(tmp_path, rows[1::2], long_documents="truncate")
+    with pytest.raises(Refused, match="No row of 16 tokens of the train set has a trained token"):
+        prepare(none, progress=False)
+
+
+@pytest.mark.parametrize("template, ends", [({}, ""), ({"prompt": "<|endoftext|>{prompt}\n"}, "<|endoftext|>")])
+def test_special_tokens_that_rows_say_themselves_are_counted(tmp_path, template, ends):
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}{ends}"} for n in range(30)]
+    rows[7]["prompt"] += "<|endoftext|> and"
+    rows[9] = {"prompt": "both <|endoftext|>", "completion": "be<|endoftext|>fore"}
+    rows[11]["completion"] = "ends<|endoftext|>!"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(tmp_path, train={"path": str(tmp_path / "t.jsonl")}, validation={"path": str(write_pairs(tmp_path / "v.jsonl", 9))}, shape="prompt_completion",
+                   template=template)
+    audit = prepare(run, progress=False)
+    assert audit.facts()["train"]["special tokens in their own text"] == 3 and "special tokens in their own text" not in audit.facts()["validation"]
+    console = Console(width=200, file=io.StringIO())
+    console.print(audit.render())
+    assert f"3 rows of train hold special tokens in their own text, which become control tokens; the first: {tmp_path}/t.jsonl:8" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("file", ["train/.shard-00000.arrow.{pid}.tmp", "train/parts/.shard-00000.identities.npy.{pid}.tmp"])
+def test_a_full_disk_is_refused(tmp_path, file):
+    full = tmp_path / "data" / file.format(pid=os.getpid())
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "p.jsonl", 900))}, shape="prompt_completion")
+    with pytest.raises(Refused, match="data cannot be written: No space left on device"):
+        prepare(run, progress=False)
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved(tmp_path, prepared):
+    with pytest.raises(Refused, match="No space left on device"), module._room(tmp_path):
+        tokenizer_of(prepared).backend_tokenizer.save("/dev/full")
 
 
 def _lengths(folder):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from harness.config.schema import Source
 from harness.data import prepare as module
-from harness.data import ranges, sources
+from harness.data import encode, ranges, sources
 from harness.data.examples import reader
 from harness.data.prepare import prepare
 from harness.data.ranges import InputRange
@@ -102,8 +102,9 @@ BLANK = st.sampled_from(["\n\n", "\n \t\n", "\r\n\r\n", "\n\n\n\n", "\n", "\r\n"
 def test_text_joined_is_that_of_the_whole_file(place, pieces, size):
     path = place / "a.txt"
     path.write_bytes("".join(text + blank for text, blank in pieces).encode() + b"end")
-    cut, whole = ("\n\n".join(record["text"] for record in records(path, "text", where, columns=("text",))) for where in (size, WHOLE))
-    assert cut == whole
+    for where in (size, WHOLE):
+        found = [record["text"] for record in records(path, "text", where, columns=("text",))]
+        assert "".join(found) == path.read_text(encoding="utf-8")
 
 
 @QUICK
@@ -160,12 +161,12 @@ def test_a_large_csv_file_in_gb18030(tmp_path, monkeypatch):
     assert [source.first_row for shard in index.shards for source in shard.sources][:2] == [0, index.shards[0].sources[0].rows]
 
 
-def _texts(folder: Path) -> list[str]:
+def _texts(folder: Path, name: str = "train") -> list[str]:
     import datasets
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return [tokenizer.decode(row["input_ids"]) for row in datasets.load_from_disk(str(folder / "train"))]
+    return [tokenizer.decode(row["input_ids"]) for row in datasets.load_from_disk(str(folder / name))]
 
 
 def test_a_stray_quote_in_an_unquoted_field_is_a_character(tmp_path):
@@ -226,7 +227,51 @@ def test_a_text_file_is_cut_at_blank_lines(tmp_path, monkeypatch):
     run = make_run(tmp_path, train={"path": str(tmp_path / "a.txt")}, validation={"path": str(tmp_path / "held.txt")}, shape="text", num_processes=1)
     prepare(run, progress=False)
     assert len(read_index(tmp_path / "data" / "train").shards) > 10
-    assert "\n\n".join(text.removesuffix("<|endoftext|>") for text in _texts(tmp_path / "data")) == "\n\n".join(paragraphs)
+    assert "".join(_texts(tmp_path / "data")) == "\n\n".join(paragraphs) + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("size", [1 << 12, 1 << 20])
+def test_a_text_file_without_blank_lines_is_cut_at_lines(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(module, "SHARD_TEXT_BYTES", size)
+    monkeypatch.setattr(ranges, "LOOKED_FOR_BYTES", 1 << 10)
+    lines = "".join(f"Line {n} says {n * 7}.\n" for n in range(3000))
+    (tmp_path / "a.txt").write_text(lines)
+    run = make_run(tmp_path, train={"path": str(tmp_path / "a.txt")}, shape="text", num_processes=1)
+    facts = prepare(run, progress=False).facts()
+    assert facts["train"]["shards"] == (1 if size > 1 << 14 else 16)
+    both = [text for name in ("train", "validation") for text in _texts(tmp_path / "data", name)]
+    assert sum(text.endswith("<|endoftext|>") for text in both) == 1 and sorted("".join(both).replace("<|endoftext|>", "").splitlines()) == sorted(lines.splitlines())
+
+
+def test_the_pieces_of_a_text_file_are_one_document_and_its_end_is_the_file_s(tmp_path, monkeypatch):
+    books = {name: "\n\n\n".join(f"  Chapter {n} of {name} " + "word " * 300 for n in range(40)) + "\n" for name in ("a", "b")}
+    for name, text in books.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "held.txt").write_text("something else")
+    run = make_run(tmp_path, train={"path": str(tmp_path / "[ab].txt")}, validation={"path": str(tmp_path / "held.txt")}, shape="text", sequence_length=512)
+    facts = prepare(run, progress=False).facts()["train"]
+    assert _texts(tmp_path / "data") == [f"{text}<|endoftext|>" for text in books.values()]
+    assert facts["rows in"] > 20 and facts["documents"] == 2 and facts["trained tokens"] == facts["tokens"] - 2 and float(facts["filled"][:-1]) > 95
+    digests = [shard.digest for shard in read_index(tmp_path / "data" / "train").shards]
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "TEXT_VERSION", 0)
+    prepare(run, progress=False)
+    assert [shard.digest for shard in read_index(tmp_path / "data" / "train").shards] == digests
+    monkeypatch.setattr(encode, "LONGEST_DOCUMENT", 9000)
+    monkeypatch.setattr(module, "TEXT_VERSION", 1)
+    prepare(run, progress=False)
+    documents = _texts(tmp_path / "data")
+    assert len(documents) > 10 and "".join(documents) == "".join(f"{text}<|endoftext|>" for text in books.values())
+
+
+def test_rows_of_a_text_file_that_are_cut_off_leave_it_open(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{n} " + "word " * 500 for n in range(9)))
+    (tmp_path / "held.txt").write_text("something else")
+    for rows, is_open in ((3, True), (100, False)):
+        run = make_run(tmp_path / str(rows), train={"path": str(tmp_path / "a.txt"), "max_rows": rows}, validation={"path": str(tmp_path / "held.txt")}, shape="text")
+        prepare(run, progress=False)
+        [text] = _texts(tmp_path / str(rows) / "data")
+        assert text.endswith("<|endoftext|>") != is_open
 
 
 def test_many_small_files_make_one_shard(tmp_path):
@@ -287,7 +332,7 @@ def test_encodings(tmp_path, encoding, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(text.getvalue().encode(encoding))
     found = _opened(tmp_path, Source(path=str(tmp_path / f"a.{suffix}"), encoding=encoding), 1000, "text" if suffix == "txt" else "prompt_completion")
     if suffix == "txt":
-        assert "\n\n".join(record["text"] for record in found) == "\n\n".join(texts)
+        assert "".join(record["text"] for record in found) == "\n\n".join(texts)
     else:
         assert found == [{"prompt": t, "completion": f"a\n\n{t}"} for t in texts]
 

@@ -63,6 +63,15 @@ def test_other_bytes_are_named_by_shard(run, tmp_path):
         Changes.since(again(run, accept_appended=True), open_data(run), found)
 
 
+def test_other_bytes_under_the_same_fingerprint_are_refused(run):
+    found = checkpoint(run, rows=16)
+    facts = files.read_json(run.run_path / FILE)
+    facts["train"]["shards"]["shard-00001"] = "other"
+    files.write_json(run.run_path / FILE, facts)
+    with pytest.raises(Refused, match="1 of .* shards of train hold other bytes, the first is shard-00001"):
+        Changes.since(again(run, accept_appended=True), open_data(run), found)
+
+
 def test_appended_data_go_on_on_request_alone_and_from_a_new_epoch(run, tmp_path):
     facts = open_data(run).facts()
     more = {"train": facts["train"] | {"rows": facts["train"]["rows"] + 7, "shards": facts["train"]["shards"] | {"shard-00099": "x"}, "fingerprint": "y"}}
