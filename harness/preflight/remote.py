@@ -167,7 +167,8 @@ class Hosts:
             failed(
                 "hosts",
                 f"{name} gives no answer: {why}.",
-                f"{' '.join(('ssh', *_port(self._port), name))} {sys.executable} -m harness --version   must work from {me} without a password, in {os.getcwd()}",
+                f"{' '.join(('ssh', *_port(self._port), name))} {sys.executable} -m harness --version   must work from {me} without a password, "
+                f"in {os.getcwd()}",
             )
             for name, why in self.silent.items()
         ]
