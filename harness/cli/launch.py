@@ -62,7 +62,8 @@ def _kubernetes(arguments: argparse.Namespace, loaded: Loaded) -> int:
     plan = kubernetes.plan(loaded, overrides=arguments.overrides)
     rules.check(loaded, ranks=sum(plan.slots), has_gpu=plan.uses_gpus, here=False)
     settings = loaded.run.launch.kubernetes
-    text = kubernetes.render(plan, settings, run_text=Path(arguments.run_file).read_text(encoding="utf-8"))
+    run_text = Path(arguments.run_file).read_text(encoding="utf-8")
+    text = kubernetes.render(plan, settings, run_text=run_text, deepspeed_text=kubernetes.own_deepspeed(loaded))
     if arguments.print_only:
         print(text, end="")
         return EXIT_DONE

@@ -65,7 +65,7 @@ def source_digest(source: Source, *, key: str, known: Path) -> str:
 
 def reads_text(source: Source, *, key: str) -> bool:
     """Whether files of a source are plain text."""
-    return source.path is not None and any(_kind(source, path) == "text" for path in source_paths(source, key=key))
+    return source.path is not None and any(_kind(path, source, key=key) == "text" for path in source_paths(source, key=key))
 
 
 def open_source(source: Source, data: Data, *, key: str, cache: Path, size: int) -> list[tuple[InputRange, ...]]:

@@ -15,7 +15,6 @@ from harness.errors import Refused
 from harness.launch import hostfile, operators, roll_call
 from harness.launch.job import Job
 from harness.launch.local import free_port
-from harness.launch.operators import num_gpus
 from harness.launch.run import LaunchPlan
 from harness.log import say
 
@@ -58,7 +57,9 @@ def check(loaded: Loaded, chosen: Mapping[str, int], *, run_file: str) -> dict[s
     """
     settings = loaded.run.launch.hosts
     told = roll_call.ask(list(chosen), run_file, ssh=_ssh(settings.ssh_port))
-    found = roll_call.problems(told, roll_call.facts(run_file), slots=chosen, needs_gpus=loaded.run.engine.device != "cpu" and num_gpus() > 0)
+    device = loaded.run.engine.device
+    some_gpu = any(answer["gpus"] for answer in told.values() if not isinstance(answer, str))  # this machine may have none
+    found = roll_call.problems(told, roll_call.facts(run_file), slots=chosen, needs_gpus=device == "cuda" or (device == "auto" and some_gpu))
     if not found:
         return dict(chosen)
     reasons = "\n".join(f"  {host}: {problem}" for host, problem in found.items())

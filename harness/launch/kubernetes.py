@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from harness.config.deepspeed import read_deepspeed
 from harness.config.load import Loaded
 from harness.config.schema import Kubernetes
 from harness.errors import EXIT_ANOMALY, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_RESUME_ME
@@ -16,6 +17,7 @@ from harness.launch import plan as plans
 from harness.launch.plan import JobPlan
 
 Manifest = dict[str, Any]
+DEEPSPEED_FILE = "deepspeed.json"
 PORT = 29500
 """Every pod has addresses of its own, so that any will do."""
 FAILURES_A_POD = 10
@@ -30,30 +32,45 @@ def plan(loaded: Loaded, *, overrides: Sequence[str]) -> JobPlan:
     """
     settings = loaded.run.launch.kubernetes
     pods.check(loaded)
+    if own_deepspeed(loaded) is not None:
+        others = [word for word in overrides if not word.startswith("engine.deepspeed=")]
+        overrides = [*others, f"engine.deepspeed={pods.CONFIG_DIR / DEEPSPEED_FILE}"]
     return plans.plan(
         loaded, hosts=settings.pods, ranks_per_host=settings.ranks_per_pod, grace_s=settings.grace_seconds,
         run_file=str(pods.CONFIG_DIR / "run.yaml"), run_dir=PurePosixPath(settings.work_dir) / loaded.run.run_dir, overrides=overrides,
     )
 
 
-def render(plan: JobPlan, settings: Kubernetes, *, run_text: str) -> str:
+def own_deepspeed(loaded: Loaded) -> str | None:
+    """The text of a DeepSpeed configuration that does not ship with the harness; it travels beside the run file.
+
+    Raises:
+        Refused: when it is missing here, or wrong.
+    """
+    _, path = read_deepspeed(loaded)
+    return path.read_text(encoding="utf-8") if loaded.run.engine.deepspeed.endswith(".json") else None
+
+
+def render(plan: JobPlan, settings: Kubernetes, *, run_text: str, deepspeed_text: str | None = None) -> str:
     """The manifests as YAML.
 
     Args:
         plan: what is started.
         settings: of the job; they were checked by `plan`.
         run_text: the run file, which the pods find in a ConfigMap.
+        deepspeed_text: `own_deepspeed`, which they find beside it.
     """
-    documents = manifests(plan, settings, run_text=run_text)
+    texts = {"run.yaml": run_text} | ({DEEPSPEED_FILE: deepspeed_text} if deepspeed_text is not None else {})
+    documents = manifests(plan, settings, texts=texts)
     head = "# Written by `harness launch --on kubernetes`: one node starter a pod, its process 1. A pod that ends with 75 is made again and resumes.\n"
     return head + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=150)
 
 
-def manifests(plan: JobPlan, settings: Kubernetes, *, run_text: str) -> list[Manifest]:
-    """The objects in the order in which they are made, the job last."""
+def manifests(plan: JobPlan, settings: Kubernetes, *, texts: dict[str, str]) -> list[Manifest]:
+    """The objects in the order in which they are made, the job last; `texts` by name of their file are what the ConfigMap holds."""
     name = job_name(plan, settings)
     meta = {"name": name, "namespace": settings.namespace, "labels": {"app.kubernetes.io/name": "harness", "app.kubernetes.io/instance": name}}
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"run.yaml": run_text}}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": texts}
     if settings.kind == "job":
         service_spec = {
             "clusterIP": "None", "publishNotReadyAddresses": True, "selector": dict(meta["labels"]), "ports": [{"name": "ranks", "port": PORT}],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
+from harness.config.deepspeed import offload_device, read_deepspeed
 from harness.config.load import Loaded
 from harness.config.schema import Kubernetes
 from harness.errors import Refused
@@ -143,18 +145,32 @@ def _mounts(settings: Kubernetes) -> None:
 
 
 def _kept(loaded: Loaded, settings: Kubernetes) -> None:
-    """What a run writes must outlive the pods."""
+    """What a run writes must outlive the pods, and what it swaps must have a place in them."""
     folders = {"run_dir": loaded.run.run_dir}
     if loaded.run.data.dir is not None and "://" not in loaded.run.data.dir:
         folders["data.dir"] = loaded.run.data.dir
     for key, folder in folders.items():
         whole = PurePosixPath(settings.work_dir) / folder
-        if not any(PurePosixPath(path) in (whole, *whole.parents) for path in settings.mounts):
+        if not _below(whole, settings.mounts):
             raise Refused(
                 f"`{key}` is {whole} in the pods, which no mount holds: it would be gone with them.",
                 where=f"{key} ({loaded.origin(key)}); {_at('mounts')}",
                 remedy="Mount a claim that all pods share (ReadWriteMany) there, such as launch.kubernetes.mounts={/runs: my-claim}, and set it below.",
             )
+    config, _ = read_deepspeed(loaded)
+    if loaded.run.engine.nvme_dir is None or "nvme" not in (offload_device(config, "optimizer"), offload_device(config, "param")):
+        return
+    swap = PurePosixPath(settings.work_dir) / loaded.run.engine.nvme_dir
+    if not _below(swap, ["/tmp", *settings.mounts]):
+        raise Refused(
+            f"`engine.nvme_dir` is {swap} in the pods, which is read-only there: no mount holds it.",
+            where=f"engine.nvme_dir ({loaded.origin('engine.nvme_dir')}); {_at('mounts')}",
+            remedy="Set it below /tmp, which is on the node's own disk, or mount a claim there.",
+        )
+
+
+def _below(folder: PurePosixPath, places: Iterable[str]) -> bool:
+    return any(PurePosixPath(place) in (folder, *folder.parents) for place in places)
 
 
 def _is_plain(path: str) -> bool:

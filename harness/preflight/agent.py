@@ -40,7 +40,7 @@ class Agent:
     def report(self, purpose: dict[str, Any], build: bool) -> dict[str, Any]:
         """Examine this machine; what checks print goes to stderr."""
         with contextlib.redirect_stdout(sys.stderr):
-            found = examine(Purpose(**(purpose | {"builders": tuple(purpose["builders"])})), build=build)
+            found = examine(Purpose(**purpose), build=build)
         found.facts["hostname"], found.host = found.host, self.name
         return found.to_json()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness import cgroup
@@ -28,7 +28,7 @@ class Purpose:
         ranks: on this machine; 0: one a GPU, and one a core up to two without GPUs.
         hosts: that train together.
         cpu: whether it asks for no GPU.
-        builders: of the operators that it loads; empty: those of every offload.
+        optimizer: where it keeps the optimizer's state: none, cpu or nvme; None when unknown: then the operators of every offload are looked at.
     """
 
     run_dir: str = "."
@@ -36,19 +36,17 @@ class Purpose:
     ranks: int = 0
     hosts: int = 1
     cpu: bool = False
-    builders: tuple[str, ...] = ()
+    optimizer: str | None = None
 
 
 def purpose_of(loaded: Loaded, *, hosts: int = 1) -> Purpose:
-    """The purpose that a run file states."""
+    """The purpose that a run file states, whatever this machine has: it may be that of others."""
     run = loaded.run
     config, _ = read_deepspeed(loaded)
     optimizer, parameters = (offload_device(config, what) for what in ("optimizer", "param"))
     nvme = "nvme" in (optimizer, parameters)
-    gpu = run.engine.device != "cpu" and operators.num_gpus() > 0
-    builders = operators.needed(optimizer_offload=optimizer, nvme=nvme, gpu=gpu)
     ranks = -(-(run.launch.ranks or 0) // hosts)
-    return Purpose(str(run.run_path.absolute()), run.engine.nvme_dir if nvme else None, ranks, hosts, run.engine.device == "cpu", tuple(builders))
+    return Purpose(str(run.run_path.absolute()), run.engine.nvme_dir if nvme else None, ranks, hosts, run.engine.device == "cpu", optimizer)
 
 
 def examine(purpose: Purpose, *, build: bool = False) -> Report:
@@ -63,8 +61,8 @@ def examine(purpose: Purpose, *, build: bool = False) -> Report:
     present = max(len(driver.gpus), operators.num_gpus())
     seen = gpus.ask_torch()
     gpu = present > 0 and not purpose.cpu
-    purpose = replace(purpose, builders=purpose.builders or _all_builders(gpu))
-    built = all(operators.is_built(name) for name in purpose.builders)
+    builders = builders_of(purpose, gpu=gpu)
+    built = all(operators.is_built(name) for name in builders)
     report.findings = [
         software.versions(software.requirements()),
         gpus.driver(driver),
@@ -73,7 +71,7 @@ def examine(purpose: Purpose, *, build: bool = False) -> Report:
         software.compiler(built=built),
         software.libaio(nvme=purpose.nvme_dir is not None),
         software.cuda_toolkit(seen.get("cuda"), gpus=present if gpu else 0, built=built),
-        software.compiled(list(purpose.builders), build=build),
+        software.compiled(builders, build=build),
         *_quick(purpose, gpu=gpu),
         shared_memory.leftovers(),
         host.memory(),
@@ -132,6 +130,14 @@ def _quick(purpose: Purpose, *, gpu: bool) -> list[Finding]:
     ]
 
 
-def _all_builders(gpu: bool) -> tuple[str, ...]:
+def builders_of(purpose: Purpose, *, gpu: bool) -> list[str]:
+    """The builders of the operators that a machine loads.
+
+    Args:
+        purpose: what it shall do.
+        gpu: whether it does so on GPUs.
+    """
+    if purpose.optimizer is not None:
+        return operators.needed(optimizer_offload=purpose.optimizer, nvme=purpose.nvme_dir is not None, gpu=gpu)
     names = [name for name in operators.FOLDERS if (name == "FusedAdamBuilder") <= gpu and (name == "ShareMemCommBuilder") <= (not gpu)]
-    return tuple(name for name in names if name != "AsyncIOBuilder" or operators.is_built(name))
+    return [name for name in names if name != "AsyncIOBuilder" or operators.is_built(name)]

@@ -27,7 +27,7 @@ class Place:
 
 
 def where(loaded: Loaded, ranks: int | None = None) -> Place:
-    """The nodes of `launch.slurm`, the pods of `launch.kubernetes` or the slots of a hostfile that make as many ranks as are wanted; else this machine.
+    """Nodes of `launch.slurm`, pods of `launch.kubernetes` or slots of a hostfile that make as many ranks as are wanted; else this machine.
 
     Args:
         loaded: the run file.

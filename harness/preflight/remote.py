@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from harness.config.load import load
 from harness.launch import hosts as launch
 from harness.launch.hostfile import read_hostfile
 from harness.preflight import cluster
@@ -32,15 +33,20 @@ class Silent(Exception):
 
 
 class Remote:
-    """The agent on one host."""
+    """The agent on one host.
 
-    def __init__(self, name: str):
+    Args:
+        name: of the host.
+        port: of its ssh daemon; None for the usual one.
+    """
+
+    def __init__(self, name: str, *, port: int | None = None):
         self.name = name
         self._errors = tempfile.TemporaryFile()
         passed_on = {key: value for key, value in os.environ.items() if key.startswith(launch.PASSED_ON) and key not in launch.KEPT}
         self._process = subprocess.Popen(
-            [*SSH, name, launch.there([sys.executable, "-m", "harness.preflight.agent"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, start_new_session=True,
+            [*SSH, *_port(port), name, launch.there([sys.executable, "-m", "harness.preflight.agent"])], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
         )
         self._unsent = launch.lines({key: value for key, value in passed_on.items() if "\n" not in value}).encode() + b"\n"
         self._rest = b""
@@ -102,12 +108,18 @@ class Remote:
 
 
 class Hosts:
-    """All hosts of a hostfile; one that falls silent is left out from then on."""
+    """All hosts of a hostfile; one that falls silent is left out from then on.
 
-    def __init__(self, names: list[str]):
+    Args:
+        names: of the hosts.
+        port: of their ssh daemons; None for the usual one.
+    """
+
+    def __init__(self, names: list[str], *, port: int | None = None):
+        self._port = port
         self.silent: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(max_workers=min(256, len(names)))
-        self._remotes = {name: Remote(name) for name in names}
+        self._remotes = {name: Remote(name, port=port) for name in names}
 
     def __enter__(self) -> Hosts:
         answers = self._all(lambda remote: remote.ask("hello", name=remote.name, within_s=CONNECT_S + ANSWER_S))
@@ -154,7 +166,8 @@ class Hosts:
             failed(
                 "hosts",
                 f"{name} gives no answer: {why}.",
-                f"ssh {name} {sys.executable} -m harness --version   must work from {me} without a password, in {os.getcwd()}",
+                f"{' '.join(('ssh', *_port(self._port), name))} {sys.executable} -m harness --version   must work from {me} without a password, "
+                f"in {os.getcwd()}",
             )
             for name, why in self.silent.items()
         ]
@@ -196,6 +209,10 @@ class Hosts:
         return cluster.folder_shared(folder, seen)
 
 
+def _port(port: int | None) -> tuple[str, ...]:
+    return ("-p", str(port)) if port else ()
+
+
 def _offset(remote: Remote) -> float:
     tries = []
     for _ in range(5):
@@ -214,7 +231,7 @@ def examine(hostfile: Path, *, run_file: str | None, build: bool) -> cluster.Dia
     """
     slots = read_hostfile(hostfile, where="--hosts")
     purposes = {host: cluster.purpose(run_file, hosts=len(slots), ranks=count) for host, count in slots.items()}
-    with Hosts(list(slots)) as hosts:
+    with Hosts(list(slots), port=load(run_file).run.launch.hosts.ssh_port if run_file else None) as hosts:
         reports = hosts.reports(purposes, build=build)
         together = cluster.compare(reports) if len(reports) > 1 else []
         if len(hosts) > 1:

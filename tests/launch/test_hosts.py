@@ -158,6 +158,24 @@ def test_without_an_ssh_client_that_is_said(repository, monkeypatch):
     assert told == {"h1": "ssh cannot be started here: No such file or directory"}
 
 
+def test_slots_are_held_against_the_gpus_of_the_hosts_not_of_this_machine(tmp_path, monkeypatch):
+    """ssh answers from this machine, which has no GPU, in the name of hosts that have four."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text("""#!/bin/sh\nfor last; do :; done\nsh -c "$last" | sed 's/"gpus": [0-9]*/"gpus": 4/'\n""")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "run.yaml").write_text("run_dir: r\ndata: {dir: d}\nmodel: {path: m}\ntrain: {steps: 1}\n")
+    for device, found in (("auto", True), ("cuda", True), ("cpu", False)):
+        loaded = load(tmp_path / "run.yaml", [f"engine.device={device}", "launch.hosts.file=hosts"])
+        assert hosts.check(loaded, {"gpu-a": 4}, run_file=str(tmp_path / "run.yaml")) == {"gpu-a": 4}
+        if found:
+            with pytest.raises(Refused, match="8 slots, but it has 4 GPUs"):
+                hosts.check(loaded, {"gpu-a": 4, "gpu-b": 8}, run_file=str(tmp_path / "run.yaml"))
+        else:
+            assert hosts.check(loaded, {"gpu-b": 8}, run_file=str(tmp_path / "run.yaml"))
+
+
 def test_this_host_answers_itself(own, repository):
     told = roll_call.ask(["localhost"], str(repository / "launch/runs/medical_qa.yaml"), ssh=("ssh",))
     assert roll_call.problems(told, own, slots={"localhost": 1}, needs_gpus=False) == {}

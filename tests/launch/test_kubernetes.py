@@ -13,6 +13,7 @@ import yaml
 from kubeflow_trainer_api import models
 from pydantic import BaseModel
 
+from harness.config.deepspeed import read_deepspeed
 from harness.config.load import load
 from harness.errors import Refused
 from harness.launch import kubernetes
@@ -128,6 +129,45 @@ def test_words_with_dollars_are_not_kubernetes_to_read(repository):
 def test_what_the_cluster_would_refuse_is_refused(repository, override, told):
     with pytest.raises(Refused, match=told):
         _render(repository, [*SMALL, override])
+
+
+def test_a_deepspeed_configuration_of_ones_own_travels_beside_the_run_file(repository, tmp_path):
+    """What the pod finds, put where it finds it, is what the run was given here."""
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}\n')
+    words = ["launch/runs/medical_qa.yaml", *SMALL, f"engine.deepspeed={mine}", "train.micro_batch=1"]
+    command = [sys.executable, "-m", "harness", "launch", *words, "--on", "kubernetes", "--print"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
+    assert done.returncode == 0, done.stderr
+    documents = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+    kubernetes_validate.validate(documents["ConfigMap"], VERSIONS[-1], strict=True)
+    container = documents["Job"]["spec"]["template"]["spec"]["containers"][0]
+    (folder,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "config")
+    for name, text in documents["ConfigMap"]["data"].items():
+        (tmp_path / name).write_text(text)
+    told = [word.replace(folder, str(tmp_path)) for word in container["command"]]
+    found = load(told[told.index(f"{tmp_path}/run.yaml")], told[told.index(f"{tmp_path}/run.yaml") + 1 :])
+    assert str(mine) not in told and found.run.train.micro_batch == 1
+    config, path = read_deepspeed(found)
+    assert path == tmp_path / "deepspeed.json" and config == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
+
+
+def test_one_that_ships_stays_in_the_image(repository):
+    documents = {document["kind"]: document for document in yaml.safe_load_all(_render(repository, [*SMALL, "engine.deepspeed=zero2"]))}
+    assert list(documents["ConfigMap"]["data"]) == ["run.yaml"]
+    assert "engine.deepspeed=zero2" in documents["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
+
+
+@pytest.mark.parametrize(("folder", "engine", "refused"), [
+    ("/nvme", "zero3_offload_nvme", True), ("/tmp/nvme", "zero3_offload_nvme", False), ("/runs/nvme", "zero3_offload_nvme", False), ("/nvme", "zero3", False),
+])
+def test_nvme_needs_a_place_in_the_pods(repository, folder, engine, refused):
+    words = [*SMALL, f"engine.deepspeed={engine}", f"engine.nvme_dir={folder}"]
+    if refused:
+        with pytest.raises(Refused, match="read-only"):
+            _render(repository, words)
+    else:
+        assert _render(repository, words)
 
 
 def test_print_shows_it_and_does_nothing_else(repository, tmp_path):

@@ -51,7 +51,8 @@ def held(name: str, options: dict[str, Any]) -> dict[str, Any]:
         most["device"] = max(most["device"], sum(size for place, size in _sizes(_tensors()).items() if place not in there))
 
     for step in (1, 2):
-        batch = cut(random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY), micro_batch=1, rank=grid.dp_rank, ranks=grid.dp_size)
+        rows = random_rows(step, rows=work.ROWS, length=work.LENGTH, vocabulary=VOCABULARY)
+        batch = cut(rows, micro_batch=1, rank=grid.dp_rank, ranks=grid.dp_size)
         engine.train_step(batch, step=step, lr=1e-3)
         if step == 1:  # the moments are there only now
             _before(zero, "step", look)

@@ -52,7 +52,9 @@ CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, options", [("zero1", {"precision": "fp32"}), ("zero1", {"accumulate_in": "model"}), ("zero1_offload_cpu", {}), ("zero2", {})])
+@pytest.mark.parametrize(
+    "name, options", [("zero1", {"precision": "fp32"}), ("zero1", {"accumulate_in": "model"}), ("zero1_offload_cpu", {}), ("zero2", {})]
+)
 def test_one_rank_holds_what_is_planned(ranks1, name, options):
     found = ranks1.run(held, name, options)[0]
     plan = plan_memory(found["parameters"], found["config"], precision=options.get("precision", "bf16"), ranks=1, local_ranks=1)
