@@ -251,7 +251,7 @@ def test_special_tokens_that_rows_say_themselves_are_counted(tmp_path, template,
     audit = prepare(run, progress=False)
     assert audit.facts()["train"]["special tokens in their own text"] == 3 and "special tokens in their own text" not in audit.facts()["validation"]
     console = Console(width=200, file=io.StringIO())
-    console.print(audit.render())
+    console.print(audit.render(console))
     assert f"3 rows of train hold special tokens in their own text, which become control tokens; the first: {tmp_path}/t.jsonl:8" in console.file.getvalue()
 
 

@@ -405,7 +405,7 @@ def test_broken_rows_are_counted_named_and_limited(tmp_path, monkeypatch, kind):
         lines[number] = "{oops" if kind == "jsonl" else "one,two,three"
     path.write_text("\n".join(lines))
     options = {"train": {"path": str(path)}, "shape": "prompt_completion", "num_processes": 1}
-    with pytest.raises(Refused, match=rf"a\.{kind} line 25 "):
+    with pytest.raises(Refused, match=rf"a\.{kind} line (25|151) "):  # two shards at a time
         prepare(make_run(tmp_path, **options), progress=False)
     with pytest.raises(Refused, match=rf"2 of \d+ rows of the train set would be dropped: 2 because cannot be read. The first .*a\.{kind}:25 "):
         prepare(make_run(tmp_path, **options, broken_rows="drop", max_dropped_share=0.02), progress=False)

@@ -66,7 +66,7 @@ def test_other_bytes_are_named_by_shard(run, tmp_path):
 def test_other_bytes_under_the_same_fingerprint_are_refused(run):
     found = checkpoint(run, rows=16)
     facts = files.read_json(run.run_path / FILE)
-    facts["train"]["shards"]["shard-00001"] = "other"
+    facts["known"][found[1].data_fingerprint]["train"]["shards"]["shard-00001"] = "other"
     files.write_json(run.run_path / FILE, facts)
     with pytest.raises(Refused, match="1 of .* shards of train hold other bytes, the first is shard-00001"):
         Changes.since(again(run, accept_appended=True), open_data(run), found)
