@@ -27,6 +27,8 @@ CHUNK_ELEMENTS = 2**28
 """Logits in memory at a time: half a gigabyte in bf16."""
 ALIGNED = 64
 """Matrix units want sizes that are multiples of it; GPT-2's vocabulary is odd, and its products take several times as long as they need."""
+WORTH_COMPILING = 256
+"""Tokens; the trial of a model before training has fewer, and its shape would make the kernels of training less special."""
 UNTRAINED = -100
 
 
@@ -100,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
         size = len(weight)
         padded = -(-size // ALIGNED) * ALIGNED
         weight = functional.pad(weight, (0, 0, 0, padded - size)) if padded != size else weight
-        judge = _compiled() if hidden.is_cuda else _judge
+        judge = _compiled() if hidden.is_cuda and len(hidden) >= WORTH_COMPILING else _judge
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         if learns:
             to_hidden, to_weight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
