@@ -198,7 +198,7 @@ class Checkpoint(Section):
     """When to save and what to keep."""
 
     every_steps: Positive | None = free(None, description="Steps between checkpoints; there is always one at the end.")
-    every_minutes: Annotated[float, Field(gt=0)] | None = free(None, description="Also after so much time since the last one.")
+    every_minutes: Annotated[float, Field(gt=0)] | None = free(30.0, description="Also after so much time since the last one; null for not by time.")
     keep_every_steps: Positive | None = free(None, description="Checkpoints of steps that this divides are kept for good.")
     keep_last: Positive = free(2)
     keep_best: bool = free(True, description="Also keep the checkpoint of the lowest evaluation loss.")
