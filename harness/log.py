@@ -49,10 +49,12 @@ def say(text: str) -> None:
     LOGGER.info(text)
 
 
-def say_traceback() -> None:
-    """The traceback of the exception at hand: into this rank's log file and on stderr, which may be dead."""
+def say_traceback(*, on_terminal: bool = True) -> None:
+    """The traceback of the exception at hand: into this rank's log file and, unless it tells people nothing, on stderr, which may be dead."""
     text = traceback.format_exc()
     LOGGER.error("%s", text.rstrip(), extra={"on_terminal": False})
+    if not on_terminal:
+        return
     with suppress(OSError, ValueError):
         print(text, end="", file=sys.stderr, flush=True)
 

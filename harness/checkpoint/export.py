@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
 CHUNK_ELEMENTS = 1 << 24
+UNWRITABLE = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def export(
@@ -66,7 +68,12 @@ def export(
             f"Weights cannot be exported as {dtype!r}.", where="dtype", remedy=f"Use one of {', '.join(SHORT_DTYPES)}."
         )
     _check_target(to, overwrite=overwrite)
-    _write_aside(SliceReader(folder, manifest), description, to.absolute(), dtype=dtype, shard_bytes=shard_bytes)
+    try:
+        _write_aside(SliceReader(folder, manifest), description, to.absolute(), dtype=dtype, shard_bytes=shard_bytes)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise Refused(f"{to} cannot be written: {error.strerror}.", where="--to", remedy="Choose a folder that can be written and has room.") from None
     return to
 
 

@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         _speak(error)
         return error.exit_code
     except KeyboardInterrupt:
+        print("harness: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

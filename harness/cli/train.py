@@ -9,7 +9,7 @@ import time
 
 from harness import world as worlds
 from harness.config.load import Loaded, load
-from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, PeerLost, StopRequested
+from harness.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUME_ME, HarnessError, PeerLost, StopRequested, first_line
 from harness.heartbeat import began, mark, spent, standing
 from harness.log import say, say_traceback
 from harness.world import World
@@ -73,11 +73,13 @@ def _train(loaded: Loaded, world: World) -> int:
         _leave(loaded, world, attempt, state=error.state, code=error.exit_code, reason=str(error))
         raise
     except BaseException as error:
-        say_traceback()
         if _is_peer_lost(error):
-            reason = f"Another rank is gone, or the way to it: {error}"
+            say_traceback(on_terminal=False)
+            reason = f"Another rank is gone, or the way to it: {first_line(error)}"
+            say(reason)
             _leave(loaded, world, attempt, state=PeerLost.state, code=PeerLost.exit_code, reason=reason)
             return PeerLost.exit_code
+        say_traceback()
         _leave(loaded, world, attempt, state="failed", code=EXIT_FAILURE, reason=f"{type(error).__name__}: {error}")
         return EXIT_FAILURE
     _close(loaded, world, state="done")

@@ -257,6 +257,9 @@ def _load_tokenizer(run: RunFile, name: str | None) -> Any:
     except Exception as error:
         raise Refused(f"There is no tokenizer in {name!r}: {first_line(error)}", where=where,
                       remedy="Name a Hugging Face folder with a tokenizer, or train one with data.train_tokenizer.") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of nothing where there is only a model's configuration
+        raise Refused(f"There is no tokenizer in {name!r}.", where=where,
+                      remedy="Set data.tokenizer to a folder that has one, such as the base model's, or train one with data.train_tokenizer.")
     if not tokenizer.is_fast:
         raise Refused(f"The tokenizer of {name!r} is not a fast one.", where=where, remedy="Use a tokenizer that has a tokenizer.json.")
     if tokenizer.eos_token_id is None:

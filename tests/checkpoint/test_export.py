@@ -138,6 +138,13 @@ def test_refusals_name_the_place(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    _run(tmp_path / "run")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Refused, match="file/mine cannot be written: Not a directory"):
+        export(tmp_path / "run", tmp_path / "file" / "mine")
+
+
 def test_an_earlier_export_can_be_replaced(tmp_path):
     _run(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out")

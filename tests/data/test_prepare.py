@@ -361,3 +361,14 @@ def test_another_order_is_another_fingerprint(prepared, monkeypatch):
     before = table.fingerprint
     monkeypatch.setattr(rows, "ORDER_VERSION", 99)
     assert table.fingerprint != before
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
+    """transformers makes an empty tokenizer of a configuration alone."""
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path / "model")
+    run = make_run(tmp_path, train={"path": str(write_pairs(tmp_path / "pairs.jsonl", 20))}, shape="prompt_completion", train_tokenizer=None)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"path": str(tmp_path / "model"), "architecture": None})})
+    with pytest.raises(Refused, match="There is no tokenizer in .*model.*"):
+        prepare(run, progress=False)
