@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from harness.launch.local import free_port
 
 RANK = """
@@ -33,6 +35,7 @@ raise SystemExit(75)
 """
 
 
+@pytest.mark.slow
 def test_peers_that_never_come_are_lost_and_a_taken_port_is_not():
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -141,6 +141,7 @@ def test_a_touched_file_asks_for_a_checkpoint_and_for_a_stop(run_file, tmp_path)
     assert len(saves()) == 2
 
 
+@pytest.mark.slow
 def test_a_spike_stops_the_run_and_leaves_its_documents(run_file, tmp_path):
     """At a threshold that the noise of batches passes: all ranks end with code 3, and what the step trained on is kept."""
     ended = harness("launch", run_file, "train.steps=200", "optimizer.lr=1e-6", "train.spikes=stop", "train.spike_zscore=0.6", "evaluation.every_steps=null",

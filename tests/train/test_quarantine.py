@@ -57,15 +57,14 @@ def test_sets_that_are_gone_end_nothing(run, words):
 
 def test_training_does_not_wait_for_sets_that_are_not_there_yet(run, words, monkeypatch):
     index = Path(run.data.dir) / "train" / "index.json"
-    whole = index.read_bytes()
-    index.unlink()
+    aside = index.rename(index.with_suffix(".aside"))
     it, started = Quarantine(run), time.monotonic()
     monkeypatch.setattr(quarantine, "PATIENCE_S", 0.3)
     it(Progress(), 2, 4, 8)
     assert time.monotonic() - started < 0.2
     it.close()
     assert time.monotonic() - started < 2.0 and "is not complete" in words[-1]
-    index.write_bytes(whole)
+    aside.rename(index)
     monkeypatch.setattr(quarantine, "PATIENCE_S", 30.0)
     it.close()
     assert [line["position"] for line in written(run)] == [4, 5, 6, 7]
