@@ -94,6 +94,7 @@ def test_a_strangers_data(model_folder, tmp_path):
 
 
 
+@pytest.mark.slow
 def test_a_chinese_corpus_in_its_own_encoding(run_file, tmp_path):
     """GB18030 as CSV: named wrong at first, then right, with a broken row on the way; trained, exported, and every step accounted for."""
     rows = [f"什么是第{n}号药物？,它是第{n * 7 % 23}类药物，每日服用{n % 4 + 1}次。" for n in range(24)]

@@ -121,6 +121,7 @@ def test_a_server_that_fails_changes_no_loss_and_the_cache_keeps_its_bound(mixtu
     assert where.code == 0 and "row 0, epoch 0: position" in where.output, where.output
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_gone_in_the_middle_ends_with_its_name(mixture_file, tmp_path, server):
     run = load(mixture_file).run
     from harness.data.sets import open_data

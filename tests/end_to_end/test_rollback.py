@@ -82,6 +82,7 @@ def test_a_spike_takes_the_run_back_and_its_rows_are_passed_over(planted, rolled
     assert harness("verify", rolled_back).code == 0
 
 
+@pytest.mark.slow
 def test_from_the_checkpoint_on_it_is_the_run_that_never_saw_those_rows(planted, rolled_back, folder):
     """The same checkpoint with the rows passed over from the start, in a run that judges nothing."""
     clean = folder / "clean"

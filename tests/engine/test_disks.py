@@ -118,7 +118,7 @@ def test_a_disk_that_is_a_checkpoint_behind(base, whole, ranks2, places, tmp_pat
 
 
 @pytest.mark.parametrize("legs", [
-    [(2, "zero3", 1, "h0 h1"), (4, "zero3", 1, "h0 h1 h2 h2")],
+    pytest.param([(2, "zero3", 1, "h0 h1"), (4, "zero3", 1, "h0 h1 h2 h2")], marks=SLOW),
     pytest.param([(2, "zero3", 1, "h0 h1"), (2, "zero1", 2, "h0 h1"), (2, "zero3", 1, "h1 h0"), (1, "zero1", 1, "h1")], marks=SLOW),
     pytest.param([(1, "zero1", 1, "h0"), (4, "zero1", 4, "h0 h0 h1 h1"), (2, "zero2", 1, "h0 h1")], marks=SLOW),
 ])

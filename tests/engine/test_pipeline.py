@@ -270,6 +270,7 @@ def idle_shares(slow_stages: list[int]) -> tuple[float, str]:
     return statistics.median(shares[2:]), text
 
 
+@pytest.mark.slow
 def test_the_idle_share_is_that_of_the_schedule_and_a_slow_stage_is_named(ranks2):
     """The sleeps outweigh all else, so that with equal stages (p - 1) / (m + p - 1) is left: 1 of 5 slots with 4 micro-batches."""
     answers = ranks2.run(idle_shares, [0, 1])

@@ -137,7 +137,7 @@ LOST = [
          rank=1, phase="evaluate", step=10, number=KILL, ranks=(1,), reason="Rank 1 on .* was ended by SIGKILL", resumed=5),
     Lost(name="rank-crashes", struck="a segmentation fault of rank 1, in an optimizer step", follows=f"`failed` by name; {AGAIN.format(5)}",
          rank=1, phase="step", step=7, number=SEGV, ranks=(1,), reason="Rank 1 on .* was ended by SIGSEGV", resumed=5),
-    Lost(name="rank-stopped", struck="SIGSTOP of rank 1, in a forward; `launch.silence_seconds=8`",
+    Lost(name="rank-stopped", plain=True, struck="SIGSTOP of rank 1, in a forward; `launch.silence_seconds=8`",
          follows=f"named as standing still; {AGAIN.format(5)}",
          rank=1, phase="forward", step=7, number=STOP, ranks=(1,), reason="Rank 1 on .* stood still", within_s=SILENCE_S + 5, resumed=5),
     Lost(name="rank-hangs", struck="rank 1 sleeps for ever, in a backward; `launch.silence_seconds=8`",
@@ -162,7 +162,7 @@ ABOVE = [
     Above(name="launch-killed", struck="kill -9 of `harness launch`", follows=GOES_ON, launcher="harness", victims=("launcher",), number=KILL),
     Above(name="launch-and-starter-killed", struck="kill -9 of `harness launch` and its starter at once", follows=GOES_ON,
           launcher="harness", victims=("launcher", "starter"), number=KILL),
-    Above(name="deepspeed-runner-killed", struck="kill -9 of `deepspeed`", follows=GOES_ON.replace("code 75, ", ""),
+    Above(name="deepspeed-runner-killed", plain=True, struck="kill -9 of `deepspeed`", follows=GOES_ON.replace("code 75, ", ""),
           launcher="deepspeed", victims=("launcher",), number=KILL),
     Above(name="deepspeed-runner-asked", struck="SIGTERM to `deepspeed`, which passes it on to nobody", follows=GOES_ON.replace("code 75, ", ""),
           launcher="deepspeed", victims=("launcher",), number=TERM),
@@ -202,7 +202,7 @@ BOUNDARIES = [
              functions=("fsync", "rename", "replace", "unlink", "rmdir"), again=True),
 ]
 
-NAN = Case(name="nan-on-one-rank", struck="a NaN in the forward of rank 1 alone; `train.max_skipped_steps=1`",
+NAN = Case(name="nan-on-one-rank", plain=True, struck="a NaN in the forward of rank 1 alone; `train.max_skipped_steps=1`",
            follows="code 3, `anomaly`, on all ranks; nothing of it is saved; goes on from step 5, same losses")
 STDOUT = Case(name="stdout-closed", struck="the reader of the launcher's output goes away during a save",
               follows="trains on to its end, logs whole, same losses")

@@ -59,6 +59,7 @@ def test_a_stale_lock_is_removed_and_what_lies_beside_it_built_again(place):
     assert not (place / "cpu_adam" / "lock").exists()
 
 
+@pytest.mark.slow
 def test_two_builders_wait_for_each_other(place):
     code = BUILD_WITH.format("import time; time.sleep(5)\n" + COUNTING_BUILD)
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)]

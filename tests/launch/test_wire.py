@@ -61,7 +61,7 @@ def test_a_rank_that_stands_still_on_the_other_host_is_named(tmp_path):
     assert "state T" in (tmp_path / "attempts" / "0001" / "logs" / "stacks-00001-kernel.txt").read_text()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_host_that_is_lost_is_named(tmp_path, lost):
     """Its starter stands still and its rank is gone, as when its cable is cut."""
     with two_hosts(tmp_path, "ignore") as children:
