@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from harness import world
+from harness.config.load import load
 from harness.errors import EXIT_DONE, CheckFailed, HarnessError, Refused
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from harness.preflight import cluster, ranks, remote
 
-    place = world.current()
+    place, loaded = world.current(), load(arguments.run, arguments.overrides) if arguments.run else None
+    if arguments.overrides and loaded is None:
+        raise Refused("Settings were given, but no run file.", where="command line", remedy="Give the run file that they change with --run.")
     if place.size > 1:
         if arguments.hosts:
             raise Refused(
@@ -41,11 +44,11 @@ def _run(arguments: argparse.Namespace) -> int:
                 where="command line",
                 remedy="Leave out --hosts, or start it without the launcher.",
             )
-        diagnosis = ranks.examine(place, run_file=arguments.run, build=arguments.build)
+        diagnosis = ranks.examine(place, loaded=loaded, build=arguments.build)
     elif arguments.hosts:
-        diagnosis = remote.examine(Path(arguments.hosts), run_file=arguments.run, build=arguments.build)
+        diagnosis = remote.examine(Path(arguments.hosts), loaded=loaded, build=arguments.build)
     else:
-        diagnosis = cluster.this_machine(run_file=arguments.run, build=arguments.build)
+        diagnosis = cluster.this_machine(loaded=loaded, build=arguments.build)
     if place.rank == 0:
         _show(diagnosis, as_json=arguments.json)
     if failures := diagnosis.failures():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.config.load import load
+from harness.config.load import Loaded
 from harness.preflight.findings import REPORT_VERSION, Finding, Report, failed, passed, warned, worst
 from harness.preflight.machine import Purpose, examine, purpose_of
 from harness.units import format_bytes
@@ -76,17 +76,17 @@ def _names(hosts: Sequence[str]) -> str:
     return f"{shown} and {len(hosts) - SHOWN_HOSTS} more" if len(hosts) > SHOWN_HOSTS else shown
 
 
-def purpose(run_file: str | None, *, hosts: int, ranks: int = 0) -> Purpose:
+def purpose(loaded: Loaded | None, *, hosts: int, ranks: int = 0) -> Purpose:
     """What each of `hosts` machines shall do; `ranks` on each, where the launcher says so."""
-    if run_file is None:
+    if loaded is None:
         return Purpose(hosts=hosts, ranks=ranks)
-    stated = purpose_of(load(run_file), hosts=hosts)
+    stated = purpose_of(loaded, hosts=hosts)
     return Purpose(**(vars(stated) | ({"ranks": ranks} if ranks else {})))
 
 
-def this_machine(*, run_file: str | None, build: bool) -> Diagnosis:
+def this_machine(*, loaded: Loaded | None, build: bool) -> Diagnosis:
     """Examine this machine alone."""
-    report = examine(purpose(run_file, hosts=1), build=build)
+    report = examine(purpose(loaded, hosts=1), build=build)
     return Diagnosis([report.host], [report])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.config.load import Loaded
 from harness.errors import EXIT_CHECK_FAILED
 from harness.launch import operators
 from harness.preflight import cluster
@@ -28,18 +29,18 @@ MOST_PLACES = 32
 """Beyond so many places each is tried with its neighbours alone: pairs grow with the square."""
 
 
-def examine(world: World, *, run_file: str | None, build: bool) -> cluster.Diagnosis:
+def examine(world: World, *, loaded: Loaded | None, build: bool) -> cluster.Diagnosis:
     """Examine the machines on which the ranks of this job are; the same answer on every rank.
 
     Args:
         world: the place of this rank.
-        run_file: what they shall be fit for.
+        loaded: the run file that says what they shall be fit for.
         build: compile the operators that are missing.
     """
     from harness import distributed
 
     os.environ.update(operators.environment())
-    purpose = cluster.purpose(run_file, hosts=max(1, world.size // world.local_size), ranks=world.local_size)
+    purpose = cluster.purpose(loaded, hosts=max(1, world.size // world.local_size), ranks=world.local_size)
     report = examine_machine(purpose, build=build) if world.local_rank == 0 else None
     use_gpu = operators.num_gpus() > 0 and not purpose.cpu
     try:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.config.load import load
+from harness.config.load import Loaded
 from harness.launch import hosts as launch
 from harness.launch.hostfile import read_hostfile
 from harness.preflight import cluster
@@ -223,15 +223,15 @@ def _offset(remote: Remote) -> float:
     return min(tries)[1]
 
 
-def examine(hostfile: Path, *, run_file: str | None, build: bool) -> cluster.Diagnosis:
+def examine(hostfile: Path, *, loaded: Loaded | None, build: bool) -> cluster.Diagnosis:
     """Examine every host of a hostfile over ssh, and compare them.
 
     Raises:
         Refused: the hostfile or the run file cannot be read.
     """
     slots = read_hostfile(hostfile, where="--hosts")
-    purposes = {host: cluster.purpose(run_file, hosts=len(slots), ranks=count) for host, count in slots.items()}
-    with Hosts(list(slots), port=load(run_file).run.launch.hosts.ssh_port if run_file else None) as hosts:
+    purposes = {host: cluster.purpose(loaded, hosts=len(slots), ranks=count) for host, count in slots.items()}
+    with Hosts(list(slots), port=loaded.run.launch.hosts.ssh_port if loaded else None) as hosts:
         reports = hosts.reports(purposes, build=build)
         together = cluster.compare(reports) if len(reports) > 1 else []
         if len(hosts) > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +50,15 @@ def test_ssh_goes_to_the_port_of_the_run_file(tmp_path, monkeypatch):
     with remote.Hosts(["h0"], port=2222) as hosts:
         assert len(hosts) == 1 and not hosts.silent
     assert " -p 2222 h0 " in (tmp_path / "words").read_text()
+
+
+def test_settings_of_the_run_file_may_be_replaced(run_file):
+    def doctor(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "harness", "doctor", *words], capture_output=True, text=True)
+
+    told = doctor("--run", str(run_file), "--json", "run_dir=/proc/nowhere")
+    assert "/proc/nowhere" in told.stdout and told.returncode == 4, told.stdout + told.stderr
+    wrong = doctor("--run", str(run_file), "engine.devise=cpu")
+    assert wrong.returncode == 2 and "engine.devise" in wrong.stderr
+    alone = doctor("run_dir=/x")
+    assert alone.returncode == 2 and "--run" in alone.stderr
