@@ -409,10 +409,10 @@ def outlasts(base: str, run_dir: str, seconds: float) -> int:
     from harness.checkpoint.disks import Disks
     from harness.world import World
 
-    def slowly(original: Any, *args: Any) -> Any:
+    def slowly(original: Any, *args: Any, **options: Any) -> Any:
         if distributed.rank() == 1 or args[0].name.startswith("rank-00001"):
             time.sleep(seconds)
-        return original(*args)
+        return original(*args, **options)
 
     trainer = train(base, run_dir, 2, keep_best=False)
     _set_pg_timeout(timedelta(seconds=0.6 * seconds))
