@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from harness.checkpoint.disks import refuse_part
 from harness.checkpoint.read import SliceReader
 from harness.checkpoint.shelf import best, checkpoints_folder, folder_name, inspect, newest_good
 from harness.errors import Refused
-from harness.files import read_json, sync_folder, write_json
+from harness.files import UNWRITABLE, read_json, sync_folder, write_json
 from harness.formats.manifest import FILE_NAME, Manifest
 from harness.formats.tensor_file import TensorEntry, write_tensors
 from harness.log import say
@@ -25,7 +24,6 @@ DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 5 * 10**9
 CHUNK_ELEMENTS = 1 << 24
-UNWRITABLE = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def export(

@@ -30,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     added = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    for name in ("prepare", "plan", "launch", "train"):
+        added[name].add_argument("run_file", metavar="RUN.yaml")
     for name in ("prepare", "plan", "launch", "train", "doctor"):
-        if name != "doctor":
-            added[name].add_argument("run_file", metavar="RUN.yaml")
         added[name].add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the run file")
     added["plan"].add_argument("--ranks", type=int, help="ranks to plan for; by default launch.ranks or the GPUs of this machine")
     added["launch"].add_argument("--on", choices=["local", "hosts", "mpi", "slurm", "kubernetes"], default="local", help="where the ranks run")

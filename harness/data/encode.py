@@ -23,8 +23,8 @@ from harness.data.packing import Packing, write_plan
 from harness.data.ranges import InputRange
 from harness.data.records import Broken
 from harness.data.specials import OWN, Specials
-from harness.data.template import Template, first_line
-from harness.errors import Refused
+from harness.data.template import Template
+from harness.errors import Refused, first_line
 from harness.formats import digest
 from harness.formats.index import ShardEntry, ShardFile, ShardSource
 

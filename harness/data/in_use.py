@@ -34,12 +34,11 @@ def refuse_replacing(data: Data, *, where: str) -> None:
         Refused: when another process holds it.
     """
     folder = Path(str(data.dir))
+    if not (folder / "train" / INDEX).is_file():
+        return
     try:
         descriptor = os.open(folder / NAME, os.O_RDWR)
     except OSError:
-        return
-    if not (folder / "train" / INDEX).is_file():
-        os.close(descriptor)
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -141,7 +141,7 @@ def _room(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = _error_number(error)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if number is None or number not in files.UNWRITABLE:
             raise
         raise Refused(f"{folder} cannot be written: {os.strerror(number)}.", where="data.dir",
                       remedy="Make room there, or set `data.dir` to another place; finished shards are kept.") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import RunFile
 from harness.data.examples import Conversation
-from harness.errors import Refused
+from harness.errors import Refused, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,11 +133,6 @@ class Template:
             with suppress(Exception):
                 return self.segments([{"role": "system", "content": "c"}, *turns], tokenizer)
             raise _refusal(error, "a question and its answer, which are plain text") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _refusal(error: Exception, what: str) -> Refused:

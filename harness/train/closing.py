@@ -14,6 +14,7 @@ from harness.units import format_seconds
 
 UNREADABLE = (ManifestError, LaterVersion, OSError)
 
+
 def closing(run_dir: str, *, state: str) -> str:
     """Steps and time, the newest and the best checkpoint, and the commands that go on from here.
 
